@@ -7,7 +7,7 @@ __all__ = ['CONTAINERS', 'NAMESPACES', 'NEW_USER', 'BIND', 'REC', 'PRIVATE', 'RE
            'encode', 'decode', 'attempt', 'serve', 'set_limits', 'libc', 'unused_uid', 'become', 'enter_namespaces',
            'read_only', 'enter_files', 'drop_rights', 'children', 'wait_and_clean', 'main']
 
-# %% ../nbs/44_box.ipynb #f4625baa
+# %% ../nbs/44_box.ipynb #359e9dd1
 import ctypes
 import json
 import os
@@ -19,7 +19,7 @@ import traceback
 import types
 from contextlib import suppress
 
-# %% ../nbs/44_box.ipynb #031e44e3
+# %% ../nbs/44_box.ipynb #29b5ce95
 class Opaque:
     "Stands for a returned object that is not plain data; equal to nothing."
     def __init__(self, kind: str): self.kind = kind
@@ -69,7 +69,7 @@ def decode(data):  # what `encode` made
     return {"i": lambda: int(body, 16), "c": lambda: complex(*body), "b": lambda: bytes.fromhex(body),
             "o": lambda: Opaque(str(body))}[tag]()
 
-# %% ../nbs/44_box.ipynb #04cee8b5
+# %% ../nbs/44_box.ipynb #b38f0860
 def attempt(action):
     "The value of `action()`, or the exception it ended with, as an answer."
     try:
@@ -97,7 +97,7 @@ def serve(requests, answers: int, order: dict) -> None:
         arguments = decode(json.loads(line))
         answer(attempt(lambda: getattr(module, order["entry_point"])(*arguments)))
 
-# %% ../nbs/44_box.ipynb #6f98bfef
+# %% ../nbs/44_box.ipynb #e4256c1e
 def set_limits(limits: dict) -> list[str]:
     "Lower the limits of this process and of all it may start; return the names of those that the system took."
     taken = []
@@ -112,7 +112,7 @@ def set_limits(limits: dict) -> list[str]:
             taken.append(name)
     return taken
 
-# %% ../nbs/44_box.ipynb #674d5000
+# %% ../nbs/44_box.ipynb #ecf7127f
 NAMESPACES = {"mount": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "pid": 0x20000000, "net": 0x40000000}
 NEW_USER = 0x10000000
 BIND, REC, PRIVATE, REMOUNT = 0x1000, 0x4000, 0x40000, 0x20
@@ -158,7 +158,7 @@ def enter_namespaces() -> tuple[list[str], int]:
             file.write(line)
     return ["user", *NAMESPACES], 65534
 
-# %% ../nbs/44_box.ipynb #11ae3325
+# %% ../nbs/44_box.ipynb #04218c96
 def read_only(root: str, binds: list[str]) -> None:
     "Make a mount and all below it read only."
     class Attributes(ctypes.Structure):
@@ -198,7 +198,7 @@ def enter_files(order: dict, uid: int) -> None:
     os.chroot("/box")
     os.chdir("/box")
 
-# %% ../nbs/44_box.ipynb #9f9726d8
+# %% ../nbs/44_box.ipynb #4a502518
 def drop_rights(uid: int | None) -> list[str]:
     "Give up root or the capabilities of a user namespace, for this process and all it starts."
     if os.geteuid() == 0 and uid is not None:
@@ -208,7 +208,7 @@ def drop_rights(uid: int | None) -> list[str]:
     libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     return ["no capabilities", "no new privileges"]
 
-# %% ../nbs/44_box.ipynb #8b6a71ab
+# %% ../nbs/44_box.ipynb #580f1ab5
 def children() -> list[int]:
     "Processes whose parent is this one (Linux only)."
     found = []
@@ -244,7 +244,7 @@ def wait_and_clean(child: int, requests: int, isolated: bool) -> int:
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
-# %% ../nbs/44_box.ipynb #c6ca0226
+# %% ../nbs/44_box.ipynb #d7cd2dfe
 def main() -> None:
     "The launcher: read the order from standard input, build the box, run the program in it, clean up."
     requests, answers = os.dup(0), os.dup(1)

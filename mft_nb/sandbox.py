@@ -6,7 +6,7 @@
 __all__ = ['Limits', 'SandboxUnavailable', 'Failure', 'visible', 'Box', 'close', 'sandbox_mode', 'protection', 'Run',
            'run_sandboxed']
 
-# %% ../nbs/45_sandbox.ipynb #95898b4a
+# %% ../nbs/45_sandbox.ipynb #24c23049
 import contextlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from typing import Any
 
 from .box import decode, encode
 
-# %% ../nbs/45_sandbox.ipynb #aef512b6
+# %% ../nbs/45_sandbox.ipynb #731a3c70
 @dataclass(frozen=True)
 class Limits:
     "What one boxed program may use."
@@ -54,7 +54,7 @@ class Failure(Exception):
         super().__init__(f"{status}: {detail}" if detail else status)
         self.status, self.detail = status, detail
 
-# %% ../nbs/45_sandbox.ipynb #c26c19f2
+# %% ../nbs/45_sandbox.ipynb #24b9f778
 @cache
 def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     "What the box sees: `binds` (path inside: path outside), `links`, and what to add to `path`."
@@ -76,7 +76,7 @@ def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
                 binds[f"/packages/{part.name}"] = str(part)
     return {"binds": binds, "links": links, "path": ["/packages"] if packages else []}
 
-# %% ../nbs/45_sandbox.ipynb #1a96b6bd
+# %% ../nbs/45_sandbox.ipynb #a1ba1d0b
 class Box:
     "One untrusted program in a box: `with Box(program, 'add') as box: box.call(2, 3)`."
     def __init__(
@@ -87,8 +87,8 @@ class Box:
         mode: str | None = None,        # isolated, limits; default: what settings.ini says
         packages: tuple[str, ...] = (),  # installed packages that the program may import
     ):
-        self.limits, self.mode, self.output, self._lines, self._unsent = limits, mode or sandbox_mode(), b"", b"", b""
-        self.started, self._folder, self._printed = time.monotonic(), None, 0
+        self.limits, self.mode, self.output = limits, mode or sandbox_mode(), b""
+        self.started, self._folder, self._printed, self._lines = time.monotonic(), None, 0, bytearray()
         isolated = self.mode == "isolated"
         view = visible(packages) if isolated else {"binds": {}, "links": {}, "path": []}
         if not isolated:
@@ -144,7 +144,7 @@ class Box:
         "Wall time since the start."
         return time.monotonic() - self.started
 
-# %% ../nbs/45_sandbox.ipynb #b9a161ca
+# %% ../nbs/45_sandbox.ipynb #3cc498a5
 def _value(self: Box, answer: dict) -> Any:
     "The value in an answer, or the failure it reports."
     if "error" in answer:
@@ -161,7 +161,8 @@ def _answer(self: Box, within_s: float) -> dict:
     deadline = min(time.monotonic() + within_s, self.started + self.limits.timeout_s)
     most = self.limits.output_mb * 2**20
     stdin, stdout, stderr = (p.fileno() for p in (self.process.stdin, self.process.stdout, self.process.stderr))
-    while b"\n" not in self._lines:
+    fresh = self._lines
+    while b"\n" not in fresh:
         poll = select.poll()
         for fd, events in ((stdout, select.POLLIN), (stderr, select.POLLIN), (stdin, select.POLLOUT)):
             if fd != stdin or self._unsent:
@@ -178,13 +179,13 @@ def _answer(self: Box, within_s: float) -> dict:
             with contextlib.suppress(BrokenPipeError):
                 self._unsent = self._unsent[os.write(stdin, self._unsent[:65536]):]
         if stdout in ready:
-            data = os.read(stdout, 65536)
-            self._lines += data
-            if not data:
+            fresh = os.read(stdout, 2**20)
+            self._lines += fresh
+            if not fresh:
                 raise self._ended()
         if max(len(self._lines), self._printed) > most:
             raise Failure("output", f"more than {self.limits.output_mb} MB")
-    line, self._lines = self._lines.split(b"\n", 1)
+    line, _, self._lines = self._lines.partition(b"\n")
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -223,7 +224,7 @@ def close(self: Box) -> None:
 
 Box._value, Box._answer, Box._ended, Box.close = _value, _answer, _ended, close
 
-# %% ../nbs/45_sandbox.ipynb #197b15cd
+# %% ../nbs/45_sandbox.ipynb #d8653aa1
 def sandbox_mode() -> str:
     "What settings.ini says: isolated or limits."
     from mft_nb.study import settings
@@ -246,17 +247,18 @@ def protection(mode: str | None = None, quiet: bool = False) -> tuple[str, ...]:
         names = _probe(mode)
     except SandboxUnavailable as error:
         raise SandboxUnavailable(
-            f"sandbox = isolated, but this machine gives no namespaces ({error}). Model-written code would run with your "
-            "network and files. Either allow them (as root: sysctl -w kernel.unprivileged_userns_clone=1 "
-            "kernel.apparmor_restrict_unprivileged_userns=0, or run the container with --cap-add SYS_ADMIN), or accept "
-            "time, memory and process limits alone: sandbox = limits in settings.ini, or MFT_NB_SANDBOX=limits.") from None
+            f"sandbox = isolated, but this machine gives no namespaces ({error}), so model-written code would run with "
+            "your network and files. Either allow namespaces (as root: sysctl -w kernel.unprivileged_userns_clone=1 "
+            "kernel.apparmor_restrict_unprivileged_userns=0; a container needs --cap-add SYS_ADMIN), or accept limits "
+            "of time, memory and processes alone: sandbox = limits in settings.ini, or MFT_NB_SANDBOX=limits."
+        ) from None
     if not quiet:
         if mode == "limits":
-            print("WARNING: sandbox = limits: model-written code runs with YOUR network and YOUR files, under limits only")
+            print("WARNING: sandbox = limits: model-written code runs with YOUR network and YOUR files")
         print(f"sandbox {mode}: {', '.join(names)}")
     return names
 
-# %% ../nbs/45_sandbox.ipynb #0f46d7fd
+# %% ../nbs/45_sandbox.ipynb #9a5cf430
 @dataclass(frozen=True)
 class Run:
     "What came of one program."
