@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'LEFT_ALONE', 'DROPPED', 'HEADING', 'TRANSFORMS', 'SHORTE
            'shorten', 'outside_names', 'import_lines', 'imported', 'idle', 'function_pair', 'needed_imports',
            'package_rows']
 
-# %% ../nbs/08_functions.ipynb #019c3f2f
+# %% ../nbs/08_functions.ipynb #af39cf04
 import ast
 import builtins
 import importlib.metadata
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from .chat import code_answer, code_request
 
-# %% ../nbs/08_functions.ipynb #f0ebe52f
+# %% ../nbs/08_functions.ipynb #e718f9ba
 class Package(NamedTuple):
     "A package that may be used as training data."
     licence: str  # of its source
@@ -66,7 +66,7 @@ def package_version(name: str) -> str:
     "Version of a listed package; of the standard library, that of Python."
     return platform.python_version() if name == "stdlib" else importlib.metadata.version(name)
 
-# %% ../nbs/08_functions.ipynb #a1345724
+# %% ../nbs/08_functions.ipynb #c61c64cc
 LEFT_ALONE = frozenset(("test tests testing idlelib lib2to3 turtledemo ensurepip pydoc_data site-packages "
                         "dist-packages externals extern vendor vendored _vendor thirdparty benchmarks").split())
 
@@ -82,7 +82,7 @@ def modules(
         if LEFT_ALONE.isdisjoint(inside) and not inside[-1].startswith(("test_", "conftest", "setup")):
             yield ".".join([*top, *inside]).removesuffix(".__init__"), path
 
-# %% ../nbs/08_functions.ipynb #607b7d9c
+# %% ../nbs/08_functions.ipynb #b16e4b08
 DROPPED = {"see also", "references", "reference", "notes", "note", "warnings", "warns", "raises", "other parameters"}
 HEADING = re.compile(r"^(.+)\n[-=~]{3,}[ ]*(\n|$)")
 
@@ -106,7 +106,7 @@ def shorten(
         kept.pop()  # a heading whose content did not fit
     return "\n\n".join(kept)
 
-# %% ../nbs/08_functions.ipynb #8af24385
+# %% ../nbs/08_functions.ipynb #18839a7f
 def outside_names(
     code: str,  # source of one function
 ) -> set[str]:  # names that it reads and does not define, builtins excepted
@@ -120,7 +120,7 @@ def outside_names(
         tables += table.get_children()
     return names - set(dir(builtins)) - {s.get_name() for s in top.get_symbols() if s.is_assigned()}
 
-# %% ../nbs/08_functions.ipynb #20c66f7b
+# %% ../nbs/08_functions.ipynb #31c22b7a
 def import_lines(
     tree: ast.Module,  # a parsed module
     module: str,  # its dotted name
@@ -152,7 +152,7 @@ def imported(node: ast.Import | ast.ImportFrom, here: list[str], is_package: boo
             lines[alias.asname or alias.name] = f"from {origin} import {alias.name}{tail}"
     return lines
 
-# %% ../nbs/08_functions.ipynb #3e038ad9
+# %% ../nbs/08_functions.ipynb #a450774a
 TRANSFORMS = re.compile("contextmanager|property|overload|abstract|fixture|singledispatch|register|wraps|deprecat")
 
 
@@ -172,7 +172,7 @@ def idle(
         return "returns nothing"
     return ""
 
-# %% ../nbs/08_functions.ipynb #f57c074b
+# %% ../nbs/08_functions.ipynb #9860e816
 SHORTEST_DOCSTRING, LONGEST_DOCSTRING = 40, 400  # characters
 SHORTEST_BODY, LONGEST_BODY = 2, 40  # lines
 QUOTES = '"' * 3
@@ -201,6 +201,8 @@ def function_pair(
         raise ValueError("deprecated")
     if len(docstring := shorten(docstring, LONGEST_DOCSTRING)) < SHORTEST_DOCSTRING:
         raise ValueError("docstring too short or too long")
+    while not body[0].strip():
+        body.pop(0)
     head = needed_imports("\n".join(signature + body), imports)
     closing = "\n" if "\n" in docstring or docstring.endswith('"') else ""
     quoted = ("r" if "\\" in docstring else "") + f"{QUOTES}{docstring}{closing}{QUOTES}"
@@ -217,7 +219,7 @@ def needed_imports(code: str, imports: dict[str, str]) -> list[str]:
     lines = sorted({imports[name] for name in names})
     return [*lines, "", ""] if lines else []
 
-# %% ../nbs/08_functions.ipynb #4190fe43
+# %% ../nbs/08_functions.ipynb #9225ab26
 def package_rows(
     name: str,  # a key of `PACKAGES`
 ) -> tuple[list[dict], Counter]:  # chat rows in a fixed order; reason -> functions left out

@@ -375,6 +375,14 @@ def test_no_two_rows_that_stay_are_near_and_all_that_go_were(base, random):
     assert {r["id"] for r in kept} | {t.row for t in twins} == set(by_id)
 
 
+@pytest.mark.parametrize("n", [8, 9, 10, 14, 26])
+def test_one_changed_word_at_the_end_counts_as_near_from_seven_tenths_on(n):
+    w = ["q", *(chr(97 + i) * 3 for i in range(n - 1))]  # 5-word shingles: n - 4 each, n - 5 shared
+    kept, twins = without_twins([row(" ".join(w[1:]), "a"), row(" ".join([*w[1:-1], "other"]), "b")])
+    assert (len(kept) == 1) == ((n - 5) / (n - 3) >= 0.7)
+    assert all(t.similarity == round((n - 5) / (n - 3), 3) for t in twins)
+
+
 def test_spacing_case_and_punctuation_make_no_new_row():
     kept, twins = without_twins([row("def F(x): return x+1", "a"), row("def f( x ):\n\treturn x + 1", "b")])
     assert len(kept) == 1 and twins[0].similarity == 1
@@ -388,7 +396,7 @@ def humaneval():
     return index
 
 
-def test_every_humaneval_problem_is_found_whole_and_as_training_pair(humaneval):
+def test_every_humaneval_problem_is_found(humaneval):
     for problem, problem_text in data.humaneval_texts().items():
         assert humaneval.match(row(f"Sure! Here it is:\n{problem_text}", "x")), problem
 
@@ -410,6 +418,12 @@ def test_quotas_are_exact_and_splits_disjoint(sizes, seed):
     for split, n in {"validation": 2, "gradient": 3, "train": 4}.items():
         assert Counter(r["source"] for r in splits[split]) == dict.fromkeys(sizes, n)
     assert len({r["id"] for part in splits.values() for r in part}) == 9 * len(sizes)
+
+
+def test_sources_of_any_size_are_mixed_evenly_within_a_split():
+    rows = [row("x", f"{source}{i}", source) for source, n in (("small", 100), ("large", 5000)) for i in range(n)]
+    train = split_rows(rows, {"validation": 0, "train": 100}, ["small", "large"], 0)["train"]
+    assert 30 <= sum(r["source"] == "large" for r in train[:100]) <= 70  # 50 expected, standard deviation 3.5
 
 
 def test_the_answer_python_keeps_functions_only():
