@@ -6,7 +6,7 @@
 __all__ = ['Limits', 'SandboxUnavailable', 'Failure', 'visible', 'Box', 'close', 'sandbox_mode', 'protection', 'Run',
            'run_sandboxed']
 
-# %% ../nbs/45_sandbox.ipynb #24c23049
+# %% ../nbs/45_sandbox.ipynb #e4d81947
 import contextlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from typing import Any
 
 from .box import decode, encode
 
-# %% ../nbs/45_sandbox.ipynb #731a3c70
+# %% ../nbs/45_sandbox.ipynb #afea47bc
 @dataclass(frozen=True)
 class Limits:
     "What one boxed program may use."
@@ -34,7 +34,7 @@ class Limits:
     memory_mb: int = 1024    # address space of each process
     processes: int = 1       # processes and threads together
     file_mb: int = 16        # its folder, and each file
-    output_mb: int = 4       # what it may print, and the size of one answer
+    output_mb: int = 4       # the size of one answer; it may print 16 times as much
 
     def rlimits(self) -> dict[str, int]:
         "The same as names and values of setrlimit."
@@ -54,7 +54,7 @@ class Failure(Exception):
         super().__init__(f"{status}: {detail}" if detail else status)
         self.status, self.detail = status, detail
 
-# %% ../nbs/45_sandbox.ipynb #24b9f778
+# %% ../nbs/45_sandbox.ipynb #54ed6dd8
 @cache
 def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     "What the box sees: `binds` (path inside: path outside), `links`, and what to add to `path`."
@@ -76,7 +76,7 @@ def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
                 binds[f"/packages/{part.name}"] = str(part)
     return {"binds": binds, "links": links, "path": ["/packages"] if packages else []}
 
-# %% ../nbs/45_sandbox.ipynb #a1ba1d0b
+# %% ../nbs/45_sandbox.ipynb #793b575c
 class Box:
     "One untrusted program in a box: `with Box(program, 'add') as box: box.call(2, 3)`."
     def __init__(
@@ -90,13 +90,13 @@ class Box:
         self.limits, self.mode, self.output = limits, mode or sandbox_mode(), b""
         self.started, self._folder, self._printed, self._lines = time.monotonic(), None, 0, bytearray()
         isolated = self.mode == "isolated"
-        view = visible(packages) if isolated else {"binds": {}, "links": {}, "path": []}
+        view = visible(packages)
         if not isolated:
-            self._folder = tempfile.mkdtemp(prefix="mft-box-")
-            for inside, outside in visible(packages)["binds"].items():
+            self._folder = os.path.realpath(tempfile.mkdtemp(prefix="mft-box-"))
+            for inside, outside in view["binds"].items():
                 if inside.startswith("/packages/"):
                     os.symlink(outside, Path(self._folder, Path(inside).name))
-            view["path"] = [self._folder] if packages else []
+            view = view | {"path": [self._folder] if packages else []}
         box = importlib.util.find_spec("mft_nb.box").origin
         order = {"program": program, "entry_point": entry_point, "isolated": isolated, "folder": self._folder,
                  "limits": limits.rlimits(), "file_mb": limits.file_mb, "null": os.devnull,
@@ -144,7 +144,7 @@ class Box:
         "Wall time since the start."
         return time.monotonic() - self.started
 
-# %% ../nbs/45_sandbox.ipynb #3cc498a5
+# %% ../nbs/45_sandbox.ipynb #b9160cc5
 def _value(self: Box, answer: dict) -> Any:
     "The value in an answer, or the failure it reports."
     if "error" in answer:
@@ -152,8 +152,8 @@ def _value(self: Box, answer: dict) -> Any:
         raise Failure(status, f"{answer['error']}: {answer.get('detail', '')}"[:1000])
     try:
         return decode(answer["value"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Failure("error", "the answer is not a value") from error
+    except Exception as error:  # whatever nonsense it sent
+        raise Failure("error", f"the answer is not a value ({error})"[:200]) from error
 
 
 def _answer(self: Box, within_s: float) -> dict:
@@ -167,8 +167,7 @@ def _answer(self: Box, within_s: float) -> dict:
         for fd, events in ((stdout, select.POLLIN), (stderr, select.POLLIN), (stdin, select.POLLOUT)):
             if fd != stdin or self._unsent:
                 poll.register(fd, events)
-        left = deadline - time.monotonic()
-        ready = dict(poll.poll(left * 1000) if left > 0 else [])
+        ready = dict(poll.poll(max(0, deadline - time.monotonic()) * 1000))
         if not ready:
             raise Failure("timeout", f"no answer within {min(within_s, self.limits.timeout_s):g} s")
         if stderr in ready:
@@ -183,7 +182,7 @@ def _answer(self: Box, within_s: float) -> dict:
             self._lines += fresh
             if not fresh:
                 raise self._ended()
-        if max(len(self._lines), self._printed) > most:
+        if len(self._lines) > most or self._printed > 16 * most:
             raise Failure("output", f"more than {self.limits.output_mb} MB")
     line, _, self._lines = self._lines.partition(b"\n")
     try:
@@ -219,12 +218,15 @@ def close(self: Box) -> None:
     process.stdout.close()
     process.stderr.close()
     if self._folder:
+        for folder, _, _ in os.walk(self._folder):  # it may have locked its own folders
+            with contextlib.suppress(OSError):
+                os.chmod(folder, 0o700)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 Box._value, Box._answer, Box._ended, Box.close = _value, _answer, _ended, close
 
-# %% ../nbs/45_sandbox.ipynb #d8653aa1
+# %% ../nbs/45_sandbox.ipynb #3f70cd7b
 def sandbox_mode() -> str:
     "What settings.ini says: isolated or limits."
     from mft_nb.study import settings
@@ -254,11 +256,14 @@ def protection(mode: str | None = None, quiet: bool = False) -> tuple[str, ...]:
         ) from None
     if not quiet:
         if mode == "limits":
-            print("WARNING: sandbox = limits: model-written code runs with YOUR network and YOUR files")
+            needs = {"system call filter": "YOUR NETWORK", "file fence": "YOUR FILES"}
+            reach = " and ".join(what for name, what in needs.items() if name not in names)
+            print("WARNING: sandbox = limits: no namespaces; "
+                  + (f"model-written code can reach {reach}" if reach else "filter and fence stand in for them"))
         print(f"sandbox {mode}: {', '.join(names)}")
     return names
 
-# %% ../nbs/45_sandbox.ipynb #9a5cf430
+# %% ../nbs/45_sandbox.ipynb #3f146083
 @dataclass(frozen=True)
 class Run:
     "What came of one program."
