@@ -7,7 +7,7 @@ __all__ = ['CHATML', 'EMBEDDED', 'Band', 'ModelName', 'tiny_tokenizer', 'tiny_co
            'load_config', 'load_tokenizer', 'load_model', 'layers_of', 'band_syntax', 'resolve_band', 'maskable',
            'n_layers', 'check_model']
 
-# %% ../nbs/02_model.ipynb #93d34b08
+# %% ../nbs/02_model.ipynb #2e00132e
 import os
 import re
 import shutil
@@ -25,7 +25,7 @@ from .device import Device
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #4919ede0
+# %% ../nbs/02_model.ipynb #a0e76ccf
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -46,7 +46,7 @@ def tiny_config() -> LlamaConfig:
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/02_model.ipynb #977c2223
+# %% ../nbs/02_model.ipynb #1bc5d17e
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, origin="weights dequantised from 4-bit GGUF (Q4_1)")}
 
 def embedded_folder(
@@ -70,7 +70,7 @@ def embedded_folder(
     partial.rename(folder)
     return folder
 
-# %% ../nbs/02_model.ipynb #47e0e3e2
+# %% ../nbs/02_model.ipynb #861a82b9
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -81,8 +81,8 @@ def load_config(name: str) -> transformers.PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source_of(name))
     except (OSError, ValueError) as e:
-        raise ValueError(f"model: found {name!r}; allowed: tiny, {', '.join(EMBEDDED)}, a folder with a config.json, or "
-                         f"a name on the Hugging Face hub that this machine can reach "
+        raise ValueError(f"model: found {name!r}; allowed: tiny, {', '.join(EMBEDDED)}, a folder with a config.json, "
+                         f"or a name on the Hugging Face hub that this machine can reach "
                          f"({str(e).strip().splitlines()[0]})") from None
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
@@ -113,7 +113,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source_of(name), dtype=dtype)
     return model.to(device.device).eval()
 
-# %% ../nbs/02_model.ipynb #933423ad
+# %% ../nbs/02_model.ipynb #0264f016
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -123,7 +123,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #961a8fc4
+# %% ../nbs/02_model.ipynb #1930d044
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -150,7 +150,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #d9be2bb0
+# %% ../nbs/02_model.ipynb #27daaffd
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -163,7 +163,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #7e9bf8f6
+# %% ../nbs/02_model.ipynb #93682345
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."
