@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REQUEST', 'IGNORED', 'code_request', 'code_answer', 'template_ids', 'answer_span', 'encode', 'encode_rows']
 
-# %% ../nbs/06_chat.ipynb #2ec8726a
+# %% ../nbs/06_chat.ipynb #edbf82cc
 from collections.abc import Iterable, Sequence
 
-# %% ../nbs/06_chat.ipynb #46f9b408
+# %% ../nbs/06_chat.ipynb #cf3913f4
 REQUEST = "Write this Python function. Answer with one code block.\n\n"
 
 
@@ -25,7 +25,7 @@ def code_answer(
     "Answer with one code block and nothing else."
     return f"```python\n{code.strip()}\n```"
 
-# %% ../nbs/06_chat.ipynb #635f56e5
+# %% ../nbs/06_chat.ipynb #1c80b00a
 IGNORED = -100  # label of a token without loss, as in torch.nn.CrossEntropyLoss
 
 
@@ -47,7 +47,7 @@ def answer_span(tokenizer, messages: Sequence[dict], turn: int, ids: list[int]) 
     ends = [i + 1 for i in range(len(header), len(whole)) if whole[i] == tokenizer.eos_token_id]
     return len(header), ends[-1] if ends else len(whole)
 
-# %% ../nbs/06_chat.ipynb #949488c7
+# %% ../nbs/06_chat.ipynb #88d75e95
 def encode(
     tokenizer,  # any tokenizer with a chat template
     messages: Sequence[dict],  # turns with `role` and `content`
@@ -67,7 +67,7 @@ def encode(
             labels[start:end] = ids[start:end]
     return {"input_ids": ids, "labels": labels}
 
-# %% ../nbs/06_chat.ipynb #7bda8a90
+# %% ../nbs/06_chat.ipynb #dde40911
 def encode_rows(
     tokenizer,  # any tokenizer with a chat template
     rows: Iterable[dict],  # chat rows with `messages`

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'LEFT_ALONE', 'DROPPED', 'HEADING', 'TRANSFORMS', 'SHORTEST_DOCSTRING', 'LONGEST_DOCSTRING',
            'SHORTEST_BODY', 'LONGEST_BODY', 'QUOTES', 'Package', 'package_folder', 'package_version', 'modules',
-           'shorten', 'outside_names', 'import_lines', 'imported', 'idle', 'function_pair', 'needed_imports',
+           'shorten', 'outside_names', 'import_lines', 'imported', 'idle', 'function_pair', 'needed_imports', 'parsed',
            'package_rows']
 
-# %% ../nbs/08_functions.ipynb #af39cf04
+# %% ../nbs/08_functions.ipynb #3c2cd24d
 import ast
 import builtins
+import gc
 import importlib.metadata
 import importlib.util
 import platform
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 from .chat import code_answer, code_request
 
-# %% ../nbs/08_functions.ipynb #e718f9ba
+# %% ../nbs/08_functions.ipynb #001e89f5
 class Package(NamedTuple):
     "A package that may be used as training data."
     licence: str  # of its source
@@ -66,7 +67,7 @@ def package_version(name: str) -> str:
     "Version of a listed package; of the standard library, that of Python."
     return platform.python_version() if name == "stdlib" else importlib.metadata.version(name)
 
-# %% ../nbs/08_functions.ipynb #c61c64cc
+# %% ../nbs/08_functions.ipynb #d9e2389c
 LEFT_ALONE = frozenset(("test tests testing idlelib lib2to3 turtledemo ensurepip pydoc_data site-packages "
                         "dist-packages externals extern vendor vendored _vendor thirdparty benchmarks").split())
 
@@ -82,7 +83,7 @@ def modules(
         if LEFT_ALONE.isdisjoint(inside) and not inside[-1].startswith(("test_", "conftest", "setup")):
             yield ".".join([*top, *inside]).removesuffix(".__init__"), path
 
-# %% ../nbs/08_functions.ipynb #b16e4b08
+# %% ../nbs/08_functions.ipynb #7641997b
 DROPPED = {"see also", "references", "reference", "notes", "note", "warnings", "warns", "raises", "other parameters"}
 HEADING = re.compile(r"^(.+)\n[-=~]{3,}[ ]*(\n|$)")
 
@@ -106,7 +107,7 @@ def shorten(
         kept.pop()  # a heading whose content did not fit
     return "\n\n".join(kept)
 
-# %% ../nbs/08_functions.ipynb #18839a7f
+# %% ../nbs/08_functions.ipynb #2693a13f
 def outside_names(
     code: str,  # source of one function
 ) -> set[str]:  # names that it reads and does not define, builtins excepted
@@ -120,7 +121,7 @@ def outside_names(
         tables += table.get_children()
     return names - set(dir(builtins)) - {s.get_name() for s in top.get_symbols() if s.is_assigned()}
 
-# %% ../nbs/08_functions.ipynb #31c22b7a
+# %% ../nbs/08_functions.ipynb #8522ad28
 def import_lines(
     tree: ast.Module,  # a parsed module
     module: str,  # its dotted name
@@ -152,7 +153,7 @@ def imported(node: ast.Import | ast.ImportFrom, here: list[str], is_package: boo
             lines[alias.asname or alias.name] = f"from {origin} import {alias.name}{tail}"
     return lines
 
-# %% ../nbs/08_functions.ipynb #a450774a
+# %% ../nbs/08_functions.ipynb #9c637f87
 TRANSFORMS = re.compile("contextmanager|property|overload|abstract|fixture|singledispatch|register|wraps|deprecat")
 
 
@@ -172,7 +173,7 @@ def idle(
         return "returns nothing"
     return ""
 
-# %% ../nbs/08_functions.ipynb #9860e816
+# %% ../nbs/08_functions.ipynb #805e04f5
 SHORTEST_DOCSTRING, LONGEST_DOCSTRING = 40, 400  # characters
 SHORTEST_BODY, LONGEST_BODY = 2, 40  # lines
 QUOTES = '"' * 3
@@ -219,7 +220,19 @@ def needed_imports(code: str, imports: dict[str, str]) -> list[str]:
     lines = sorted({imports[name] for name in names})
     return [*lines, "", ""] if lines else []
 
-# %% ../nbs/08_functions.ipynb #9225ab26
+# %% ../nbs/08_functions.ipynb #be9b2c41
+def parsed(source: str) -> ast.Module:
+    "Parse a module, without warnings about odd escapes in its strings and without garbage collection on the way."
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(source)
+    finally:
+        if collecting:
+            gc.enable()
+
+# %% ../nbs/08_functions.ipynb #777c5bf4
 def package_rows(
     name: str,  # a key of `PACKAGES`
 ) -> tuple[list[dict], Counter]:  # chat rows in a fixed order; reason -> functions left out
@@ -227,9 +240,7 @@ def package_rows(
     rows, refused, seen = [], Counter(), Counter()
     for module, path in modules(name):
         try:
-            source = path.read_text(encoding="utf-8")
-            with warnings.catch_warnings(action="ignore"):  # odd escapes in their strings are not our business
-                tree = ast.parse(source)
+            tree = parsed(source := path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             refused["file does not parse"] += 1
             continue

