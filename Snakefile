@@ -110,7 +110,7 @@ rule compare:
 
 
 rule report:
-    input: done("compare"), "mft_nb/report.py"
+    input: done("compare"), "mft_nb/figures.py", "mft_nb/report.py"
     output: update(done("report"))
     params: parameters("70_report")
     message: "write the report"

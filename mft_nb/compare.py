@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'ALPHA', 'POWER', 'Instrument', 'wilson', 'mcnemar_p', 'tango', 'mcnemar_power', 'detectable_flips',
-           'bootstrap_mean', 'crossed_mean', 'crossed_test', 'holm', 'outcomes', 'values_of', 'value_row',
-           'difference_row', 'all_values', 'all_tests', 'all_flips', 'compare']
+           'bootstrap_mean', 'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'outcomes', 'values_of',
+           'value_row', 'difference_row', 'runs_of', 'all_values', 'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #d91109ca
+# %% ../nbs/60_compare.ipynb #2f8bf071
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from statsmodels.stats.proportion import proportion_confint
 from .influence import Methods
 from .study import Count, Seeds, StudyName, finished, open_stage, read_jsonl
 
-# %% ../nbs/60_compare.ipynb #4c130f92
+# %% ../nbs/60_compare.ipynb #2f99c4fe
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -38,18 +39,18 @@ INSTRUMENTS = {
 }
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #c0569a6f
+# %% ../nbs/60_compare.ipynb #c4ff248c
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #60878bb3
+# %% ../nbs/60_compare.ipynb #ecc8d79f
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #c9fabac1
+# %% ../nbs/60_compare.ipynb #029bfa8c
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -62,7 +63,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #1d40610e
+# %% ../nbs/60_compare.ipynb #1a6fd3f4
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -79,9 +80,10 @@ def mcnemar_power(
 
 def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     "Smallest true difference of pass@1 (a share) found with 80% power, given how many verdicts flip anyway."
-    return next((k / n for k in range(1, n + 1) if mcnemar_power(k, max(flips, k), n, alpha) >= POWER), float("nan"))
+    enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
+    return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #66c1e678
+# %% ../nbs/60_compare.ipynb #8d13bb8c
 def bootstrap_mean(
     values: np.ndarray,  # one per example
     draws: int,
@@ -98,7 +100,7 @@ def bootstrap_mean(
     return float(interval.low), float(interval.high), float(min(1, 2 * (tail + 1) / (draws + 1))), float(values.std(
         ddof=1) / len(values) ** .5)
 
-# %% ../nbs/60_compare.ipynb #35f3cf55
+# %% ../nbs/60_compare.ipynb #7f23ff8c
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -119,12 +121,17 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #187a606a
+# %% ../nbs/60_compare.ipynb #88a485ba
+def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
+    "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
+    return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
+
+# %% ../nbs/60_compare.ipynb #b8e65735
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
     return multipletests(p, method="holm")[1].tolist() if len(p) else []
 
-# %% ../nbs/60_compare.ipynb #62fa7cfa
+# %% ../nbs/60_compare.ipynb #ac907491
 def outcomes(
     study: str,
     variants: list[str],
@@ -156,13 +163,13 @@ def values_of(found: pd.DataFrame, instrument: str, variant: str, seeds: list[in
     wide = part.pivot(index="seed", columns="item", values="value")
     return wide.loc[list(seeds) if variant != "base" else [wide.index[0]] * len(seeds)].to_numpy()
 
-# %% ../nbs/60_compare.ipynb #06a164e8
+# %% ../nbs/60_compare.ipynb #8d04a0ef
 def value_row(values: np.ndarray, binary: bool, draws: int) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table."
     S, n = values.shape
     row = dict(n=n, passed=int(values.sum()) if binary else None, value=values.mean())
-    if S > 1 and n > 1: low, high, *_ = crossed_test(values)
-    elif binary: low, high = wilson(int(values.sum()), values.size)
+    if S > 1 and n > 1: low, high, *_ = crossed_binary(values, [1, 1, 0, 0]) if binary else crossed_test(values)
+    elif binary: low, high = wilson(int(values[0].sum()), n)
     else: low, high, *_ = bootstrap_mean(values[0], draws)
     return row | dict(low=max(low, 0.) if binary else low, high=min(high, 1.) if binary else high)
 
@@ -177,8 +184,8 @@ def difference_row(
     d = values - against
     gained, lost = int((d > 0).sum()), int((d < 0).sum())
     row = dict(n=d.shape[1], difference=d.mean(), **(dict(gained=gained, lost=lost) if binary else {}))
-    if len(d) > 1 and d.shape[1] > 1 and d.any():
-        low, high, p, se, free = crossed_test(d)
+    if len(d) > 1 and d.shape[1] > 1:
+        low, high, p, se, free = crossed_binary(d, [1, -1]) if binary else crossed_test(d)
         return row | dict(low=low, high=high, p=p, covers="seeds and examples",
                           detectable=(stats.t.ppf(1 - alpha / 2, free) + stats.t.ppf(POWER, free)) * se)
     if binary:
@@ -189,14 +196,18 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #3ecf00ce
+# %% ../nbs/60_compare.ipynb #4524ea40
+def runs_of(seeds: list[int]) -> list[tuple[str, list[int]]]:
+    "What is reported: each run on its own when there are several, and `all` of them together."
+    return [*((str(s), [s]) for s in seeds if len(seeds) > 1), ("all", seeds)]
+
 def all_values(found: pd.DataFrame, variants: list[str], seeds: list[int], draws: int) -> pd.DataFrame:
-    "table.csv: instrument, variant, seed (a number, or `all`), n, passed, value, low, high."
+    "table.csv: instrument, variant, seed (a number or `all`), n, passed, value, low, high."
     rows = []
     for instrument in [i for i in INSTRUMENTS if (found.instrument == i).any()]:
         for variant in variants:
             mine = seeds[:1] if variant == "base" else seeds
-            for name, chosen in [*((str(s), [s]) for s in mine), ("all", mine)]:
+            for name, chosen in runs_of(mine):
                 values = values_of(found, instrument, variant, chosen)
                 rows.append(dict(instrument=instrument, variant=variant, seed=name)
                             | value_row(values, INSTRUMENTS[instrument].binary, draws))
@@ -209,8 +220,7 @@ def all_tests(found: pd.DataFrame, methods: list[str], seeds: list[int], draws: 
     rows = []
     for instrument in [i for i in INSTRUMENTS if (found.instrument == i).any()]:
         binary = INSTRUMENTS[instrument].binary
-        for (against, variants), (name, chosen) in [
-                (f, s) for f in families for s in [*((str(s), [s]) for s in seeds), ("all", seeds)]]:
+        for (against, variants), (name, chosen) in [(f, r) for f in families for r in runs_of(seeds)]:
             other = values_of(found, instrument, against, chosen)
             family = [dict(instrument=instrument, variant=v, against=against, seed=name)
                       | difference_row(values_of(found, instrument, v, chosen), other, binary, draws,
@@ -229,7 +239,7 @@ def all_flips(found: pd.DataFrame, variants: list[str], seeds: list[int]) -> pd.
                  for r in mine.itertuples() if r.value != fft[r.item]]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip"])
 
-# %% ../nbs/60_compare.ipynb #cf28150d
+# %% ../nbs/60_compare.ipynb #793b906c
 def compare(study: str, seeds: list[int], methods: list[str], bootstrap_draws: int) -> Path:
     "Compare all variants of a study; returns runs/<study>/compare. Parameters as in the cell above."
     params, variants = dict(locals()), ["base", "fft", *methods]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MasterAdamW', 'training_order', 'ChatTrainer', 'ShowProgress', 'last_checkpoint', 'check', 'finetune', 'make_trainer']
 
-# %% ../nbs/20_finetune.ipynb #37c940a1
+# %% ../nbs/20_finetune.ipynb #d199f10e
 import json
 import shutil
 import time
@@ -21,10 +21,10 @@ from .chat import encode_rows
 from .device import Device, pick_device
 from .loss import collate, evaluate_losses, head_is_plain, label_losses
 from .model import Band, ModelName, check_model, load_model, load_tokenizer
-from .study import (Count, NonNegative, Positive, Seed, Share, StudyName, finished, open_stage, progress,
+from .study import (Count, NonNegative, Positive, Seed, StudyName, finished, open_stage, progress,
                           read_jsonl, seed_everything, settings, write_jsonl)
 
-# %% ../nbs/20_finetune.ipynb #cea2b7e8
+# %% ../nbs/20_finetune.ipynb #1e8fc083
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -57,7 +57,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/20_finetune.ipynb #dafe70f1
+# %% ../nbs/20_finetune.ipynb #22beb8da
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -77,7 +77,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/20_finetune.ipynb #ae0bfb1e
+# %% ../nbs/20_finetune.ipynb #90929cfc
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss` and a fixed order of examples."
     def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, **kw):
@@ -102,7 +102,7 @@ class ChatTrainer(Trainer):
             self.log(self.seen[1])
         return self.seen[1]
 
-# %% ../nbs/20_finetune.ipynb #0960df7c
+# %% ../nbs/20_finetune.ipynb #3c0f0e16
 class ShowProgress(TrainerCallback):
     "Tokens, rate and ETA on the terminal; with the loss beside them."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path) -> str | None:
             shutil.rmtree(path)
     return found
 
-# %% ../nbs/20_finetune.ipynb #2d1da29f
+# %% ../nbs/20_finetune.ipynb #251a742b
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist or the band lies outside it."
     check_model(params)
@@ -163,7 +163,7 @@ def finetune(
         return stage.finish(dict(examples=len(train), too_long=too_long, tokens=tokens, steps=trainer.state.global_step,
                                  resumed=before is not None, training_seconds=round(time.time() - begun, 1)))
 
-# %% ../nbs/20_finetune.ipynb #fe3694a4
+# %% ../nbs/20_finetune.ipynb #1774d3c0
 def make_trainer(
     net,  # the model
     rows: list[dict],  # encoded examples in the order of training

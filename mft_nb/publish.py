@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_file_of', 'write_masked', 'model_card', 'check', 'publish']
 
-# %% ../nbs/40_apply_mask.ipynb #5b699fcf
+# %% ../nbs/40_apply_mask.ipynb #8ccea04a
 import shutil
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from .influence import METHODS
 from .mask import Mask, load_mask
-from .study import Seed, StudyName, finished, folder_name, open_stage, read_json, sha256
+from .study import Seed, StudyName, finished, open_stage, read_json, sha256
 
-# %% ../nbs/40_apply_mask.ipynb #056ac434
+# %% ../nbs/40_apply_mask.ipynb #1c66999f
 def mask_file_of(study: str, variant: str, seed: int) -> Path | None:
     "Mask file of a variant, None for base and fft. Raises ValueError when no such method was run."
     if variant in ("base", "fft"): return None
@@ -46,7 +46,7 @@ def write_masked(checkpoint: Path, mask: Mask, target: Path) -> None:
             save_file(tensors, target / path.name, metadata=f.metadata())
     if missing: raise ValueError(f"{checkpoint}: has no weights {sorted(missing)[:3]}; is this the mask's checkpoint?")
 
-# %% ../nbs/40_apply_mask.ipynb #9f4cd920
+# %% ../nbs/40_apply_mask.ipynb #8876fe10
 def model_card(study: str, variant: str, mask: Mask, base: str) -> str:
     "A model card in Markdown: what was zeroed, by which method, from which checkpoint."
     about = "\n".join(f"| {k} | {v} |" for k, v in mask.provenance.items())

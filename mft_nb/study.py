@@ -9,7 +9,7 @@ __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', '
            'write_jsonl', 'read_json', 'read_jsonl', 'sha256', 'hash_of', 'versions', 'git_revision', 'peak_memory_gb',
            'Stage', 'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #03aac49e
+# %% ../nbs/00_study.ipynb #509e5701
 import ast
 import configparser
 import contextlib
@@ -37,9 +37,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-# %% ../nbs/00_study.ipynb #f162ed5c
+# %% ../nbs/00_study.ipynb #396fb743
 def project_root() -> Path:
     "The folder that holds `settings.ini`: the working directory or a parent of it, else the checkout of this module."
     cwd = Path.cwd()
@@ -57,7 +57,7 @@ class Settings(BaseModel):
     tracker: Literal["none", "trackio", "wandb"] = "none"
     sandbox: Literal["isolated", "limits"] = "isolated"
 
-# %% ../nbs/00_study.ipynb #e717039a
+# %% ../nbs/00_study.ipynb #1c97b823
 def explain(
     error: pydantic.ValidationError,
     where: str,  # the file that holds the keys
@@ -86,7 +86,7 @@ def settings() -> Settings:
     return s.model_copy(update={k: (root / Path(os.path.expandvars(getattr(s, k))).expanduser()).resolve()
                                 for k in ("runs", "figures", "cache")})
 
-# %% ../nbs/00_study.ipynb #f215ce03
+# %% ../nbs/00_study.ipynb #5ad9dd6d
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -111,7 +111,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #3e45a422
+# %% ../nbs/00_study.ipynb #1709279e
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -140,7 +140,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #1b2db969
+# %% ../nbs/00_study.ipynb #2e1d6b0a
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -154,7 +154,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #64398673
+# %% ../nbs/00_study.ipynb #c4a5ca41
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -180,7 +180,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: found {type(given).__name__}, allowed is a flat list of `key: value` lines")
     return check_parameters(given, all_parameters(), path.name)
 
-# %% ../nbs/00_study.ipynb #3b9ed7cc
+# %% ../nbs/00_study.ipynb #c3c400f9
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -204,7 +204,7 @@ def check_folders() -> None:
             raise ValueError(f"settings.ini: {key}: found {folder}, which cannot be written ({e.strerror}); "
                              f"set {key} in settings.ini or MFT_NB_{key.upper()} to a writable folder") from None
 
-# %% ../nbs/00_study.ipynb #64e152f3
+# %% ../nbs/00_study.ipynb #933267cb
 def write_json(path: Path, value: Any) -> None:
     "Write JSON so that a reader sees the old file or the new one, never half of it."
     path = Path(path)
@@ -236,7 +236,7 @@ def hash_of(value: Any) -> str:
     "Short hash of any JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_study.ipynb #0681bf94
+# %% ../nbs/00_study.ipynb #ae3cdb85
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
@@ -259,7 +259,7 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #f3970a87
+# %% ../nbs/00_study.ipynb #ec4e068b
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     def __init__(self, path: Path, identity: dict):
@@ -325,7 +325,7 @@ class Stage:
         os.replace(self.work, self.path)
         return self.path
 
-# %% ../nbs/00_study.ipynb #98d16391
+# %% ../nbs/00_study.ipynb #c7bdb0cb
 def open_stage(
     name: str,  # e.g. "data" or "evaluate/sci-seed0": the folder under runs/<study>/
     study: str,  # name of the study
@@ -335,8 +335,9 @@ def open_stage(
     "A stage to be used in a `with` block: skip when `.done`, write into `.work`, then `.finish(metrics)`."
     module = sys._getframe(1).f_globals.get("__file__")  # the stage's own source; none inside a notebook
     code = sha256(module)[:16] if module else "notebook"
-    hashes = {str(Path(p).name): hash_of(read_json(Path(p) / "manifest.json")["outputs"]) for p in inputs}
-    return Stage(settings().runs / study / name, dict(params=json.loads(json.dumps(params)), inputs=hashes, code=code))
+    home = settings().runs / study
+    hashes = {str(Path(p).relative_to(home)): hash_of(read_json(Path(p) / "manifest.json")["outputs"]) for p in inputs}
+    return Stage(home / name, dict(params=json.loads(json.dumps(params)), inputs=hashes, code=code))
 
 def finished(study: str, name: str) -> Path:
     "Folder of a finished stage. Raises FileNotFoundError that says how to make it."
@@ -345,7 +346,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #4aceb02c
+# %% ../nbs/00_study.ipynb #ba4f31b7
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -357,7 +358,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
 
-# %% ../nbs/00_study.ipynb #4fe95328
+# %% ../nbs/00_study.ipynb #0f62d9ce
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -368,12 +369,11 @@ def progress(
     kw = dict(total=total, desc=label, unit=unit, initial=initial, unit_scale=total > 10_000)
     where = os.environ.get("MFT_NB_TERMINAL")
     if not where: return tqdm(**kw, leave=False)
-    from tqdm import tqdm as plain
     terminal = open(where, "a")
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
-    return plain(**kw, file=terminal, leave=True, **calm)
+    return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #42a66d57
+# %% ../nbs/00_study.ipynb #e10a16de
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -385,7 +385,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #eab95e88
+# %% ../nbs/00_study.ipynb #6409a87c
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
