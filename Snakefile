@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mft_nb.study import check_study, declared, settings
+from mft_nb.study import check_study, code_of, declared, settings
 
 STUDY = config.get("study", "laptop")
 FILE = f"papermill_params/{STUDY}.yaml"
@@ -54,7 +54,7 @@ rule all:
 
 
 rule data:
-    input: "mft_nb/data.py"
+    input: code_of("data")
     output: update(done("data"))
     params: parameters("10_data")
     threads: workflow.cores
@@ -63,7 +63,7 @@ rule data:
 
 
 rule finetune:
-    input: done("data"), "mft_nb/finetune.py"
+    input: done("data"), code_of("finetune")
     output: update(done("finetune/seed{seed}"))
     params: parameters("20_finetune")
     threads: workflow.cores
@@ -72,7 +72,7 @@ rule finetune:
 
 
 rule influence:
-    input: done("data"), done("finetune/seed{seed}"), "mft_nb/influence.py"
+    input: done("data"), done("finetune/seed{seed}"), code_of("influence")
     output: update(done("influence/seed{seed}"))
     params: parameters("30_influence")
     threads: workflow.cores
@@ -81,7 +81,7 @@ rule influence:
 
 
 rule apply_mask:
-    input: done("influence/seed{seed}"), "mft_nb/publish.py"
+    input: done("influence/seed{seed}"), code_of("apply_mask")
     output: update(done("apply_mask/{variant}-seed{seed}"))
     params: parameters("40_apply_mask")
     message: "masked checkpoint of {wildcards.variant}, seed {wildcards.seed}"
@@ -89,7 +89,7 @@ rule apply_mask:
 
 
 rule evaluate:
-    input: source_of, done("data"), "mft_nb/evaluate.py"
+    input: source_of, done("data"), code_of("evaluate")
     output: update(done("evaluate/{variant}-seed{seed}"))
     params: parameters("50_evaluate")
     threads: workflow.cores
@@ -102,7 +102,7 @@ EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
 
 
 rule compare:
-    input: EVALUATED, "mft_nb/compare.py"
+    input: EVALUATED, code_of("compare")
     output: update(done("compare"))
     params: parameters("60_compare")
     message: "compare the variants"
@@ -110,7 +110,7 @@ rule compare:
 
 
 rule report:
-    input: done("compare"), "mft_nb/figures.py", "mft_nb/report.py"
+    input: done("compare"), code_of("report")
     output: update(done("report"))
     params: parameters("70_report")
     message: "write the report"

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['reference_chat', 'answer_problems', 'chosen_problems', 'evaluate', 'summary']
 
-# %% ../nbs/50_evaluate.ipynb #cfc9978c
+# %% ../nbs/50_evaluate.ipynb #26f4ff77
 import ast
 from pathlib import Path
 
+from .apply_mask import mask_file_of
 from .chat import code_answer, encode, encode_rows, template_ids
 from .device import Device, pick_device
 from .generate import block_closed, generate_batch
@@ -17,12 +18,11 @@ from .humaneval import (CORRECTIONS, chat_prompt, extract_code, load_humaneval, 
 from .loss import evaluate_losses
 from .mask import apply_mask, load_mask
 from .model import ModelName, load_model, load_tokenizer
-from .publish import mask_file_of
 from .sandbox import protection
 from .study import (Count, CountOrZero, OptionalFile, Seed, StudyName, finished, open_stage, progress,
                           project_root, read_jsonl, seed_everything, sha256, write_jsonl)
 
-# %% ../nbs/50_evaluate.ipynb #88a13b42
+# %% ../nbs/50_evaluate.ipynb #2f8dcf5c
 def reference_chat(
     problem: dict,  # of load_humaneval()
 ) -> list[dict]:
@@ -36,7 +36,7 @@ def reference_chat(
     answer = "\n\n\n".join(p for p in (preamble(problem), "\n".join(line for line in kept if line.strip())) if p)
     return [dict(role="user", content=chat_prompt(problem)), dict(role="assistant", content=code_answer(answer))]
 
-# %% ../nbs/50_evaluate.ipynb #1b3f7e8f
+# %% ../nbs/50_evaluate.ipynb #788fc5b8
 def answer_problems(
     net, tokenizer,
     problems: list[dict],  # of load_humaneval()
@@ -71,7 +71,7 @@ def _any_closed(names: list[str]):
     checks = [block_closed(n) for n in names]
     return lambda row, text: checks[row](text)
 
-# %% ../nbs/50_evaluate.ipynb #ffd27881
+# %% ../nbs/50_evaluate.ipynb #817ae0fd
 def chosen_problems(problems: list[dict], n: int) -> list[dict]:
     "All problems, or n of them spread evenly."
     return problems if not n or n >= len(problems) else [problems[i * len(problems) // n] for i in range(n)]
