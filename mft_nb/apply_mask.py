@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['mask_file_of', 'write_masked', 'model_card', 'check', 'publish']
 
-# %% ../nbs/40_apply_mask.ipynb #f03db232
+# %% ../nbs/40_apply_mask.ipynb #5d35d2be
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -17,7 +16,7 @@ from .influence import METHODS
 from .mask import Mask, load_mask
 from .study import Seed, StudyName, finished, open_stage, read_json, sha256
 
-# %% ../nbs/40_apply_mask.ipynb #dc5de339
+# %% ../nbs/40_apply_mask.ipynb #7ecf35de
 def mask_file_of(study: str, variant: str, seed: int) -> Path | None:
     "Mask file of a variant, None for base and fft. Raises ValueError when no such method was run."
     if variant in ("base", "fft"): return None
@@ -46,7 +45,7 @@ def write_masked(checkpoint: Path, mask: Mask, target: Path) -> None:
             save_file(tensors, target / path.name, metadata=f.metadata())
     if missing: raise ValueError(f"{checkpoint}: has no weights {sorted(missing)[:3]}; is this the mask's checkpoint?")
 
-# %% ../nbs/40_apply_mask.ipynb #799535b6
+# %% ../nbs/40_apply_mask.ipynb #711cfe94
 def model_card(study: str, variant: str, mask: Mask, base: str) -> str:
     "A model card in Markdown: what was zeroed, by which method, from which checkpoint."
     about = "\n".join(f"| {k} | {v} |" for k, v in mask.provenance.items())

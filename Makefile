@@ -1,0 +1,55 @@
+# Every target makes its environment first; the second time that is quick. `make study STUDY=smoke` is the smallest.
+STUDY  ?= laptop
+VARIANT ?= sci
+SEED   ?= 0
+JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+PYTHON ?= python3
+BIN    := .venv/bin
+
+.PHONY: study test lab readme bench export publish check
+.DEFAULT_GOAL := study
+
+# the environment: pinned versions, the project itself in place
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: make study PYTHON=python3.12")'
+	@echo "Setting up the environment in .venv: a few minutes, once."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt torch | grep -v already
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[dev]' | grep -v already
+	@mkdir -p .venv/etc/ipython && echo 'c.IPKernelApp.log_level = 40  # no advice on stderr' > .venv/etc/ipython/ipython_kernel_config.py
+	@touch $@
+
+study: .venv/ready  ## a whole study, from data to report
+	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host --config study=$(STUDY)
+	@$(BIN)/python -c "from mft_nb.settings import settings; s = settings(); \
+	  print('report: ', s.runs / '$(STUDY)/report/report.html'); print('figures:', s.figures / '$(STUDY)')"
+
+publish: .venv/ready  ## a masked checkpoint with its card: make publish STUDY=laptop VARIANT=sci
+	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host --config study=$(STUDY) -- \
+	  "$$($(BIN)/python -c "from mft_nb.settings import settings; \
+	  print(settings().runs / '$(STUDY)/apply_mask/$(VARIANT)-seed$(SEED)/manifest.json')")"
+
+test: .venv/ready check  ## lint, the smoke study, every notebook, every test
+	$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet all --config study=smoke
+	MFT_NB_TERMINAL=/dev/null $(BIN)/nbdev-test --n_workers $(JOBS)
+	$(BIN)/python -m pytest
+
+check: .venv/ready  ## ruff; notebooks and modules in step; notebooks clean; README made from its notebook
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest tests/test_house.py
+
+lab: .venv/ready  ## read and rerun the notebooks
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+export: .venv/ready  ## notebooks to modules, then clean them
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+
+readme: .venv/ready  ## README.md from nbs/index.ipynb
+	cd nbs && MFT_NB_TERMINAL=/dev/null ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace index.ipynb
+	$(BIN)/nbdev-clean --fname nbs/index.ipynb
+	$(BIN)/python tests/readme.py > README.md
+
+bench: .venv/ready  ## speed and memory as ratios within one run
+	$(BIN)/python tests/bench.py

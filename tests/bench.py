@@ -1,0 +1,172 @@
+"""Speed and memory as ratios within one run (`make bench`). Machines are noisy: the two sides of every ratio take
+turns, and the median counts. About five minutes on two cores."""
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import TrainerCallback
+
+from mft_nb.chat import encode_rows, template_ids
+from mft_nb.device import inference, pick_device
+from mft_nb.finetune import make_trainer
+from mft_nb.generate import generate_batch
+from mft_nb.humaneval import chat_prompt, load_humaneval
+from mft_nb.influence import band_gradients
+from mft_nb.loss import collate
+from mft_nb.mask import Mask, save_mask, top_k
+from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
+from mft_nb.sources import load_source
+
+MODEL = "smollm2-135m-instruct"
+ROUNDS = 5
+
+
+def turns(*actions) -> list[float]:
+    "Median seconds of each action, taken in turns after one warm-up."
+    times = [[] for _ in actions]
+    for r in range(ROUNDS + 1):
+        for t, action in zip(times, actions, strict=True):
+            start = time.perf_counter()
+            action()
+            if r:
+                t.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def row(name: str, value: str, bound: str = "") -> None:
+    print(f"{name:<68} {value:>14}   {bound}", flush=True)
+
+
+def batch_of(tokenizer, n: int, tokens: int) -> list[dict]:
+    "n examples of about equal length."
+    rows = encode_rows(tokenizer, load_source("package:networkx").rows, 10**6)[0]
+    return sorted(rows, key=lambda r: abs(len(r["input_ids"]) - tokens))[:n]
+
+
+def bench_training(where, tokenizer) -> None:
+    "Our Trainer's step against the bare loop: model(**batch).loss, backward, AdamW on the same weights."
+    rows = batch_of(tokenizer, 8, 256)
+    batch = {k: v.to(where.device) for k, v in collate(rows, tokenizer.pad_token_id).items()}
+    count = int(batch["attention_mask"].sum())
+    net = load_model(MODEL, where).train()
+    bare_optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6)
+
+    def bare():
+        net(**batch).loss.backward()
+        bare_optimizer.step()
+        bare_optimizer.zero_grad()
+        where.sync()
+
+    class Clock(TrainerCallback):
+        times = []
+        def on_step_begin(self, *a, **k): self.start = time.perf_counter()
+        def on_step_end(self, *a, **k):
+            where.sync()
+            self.times.append(time.perf_counter() - self.start)
+            bare()  # takes turns, on another model
+
+    with tempfile.TemporaryDirectory() as folder:
+        p = SimpleNamespace(seed=0, batch_size=8, accumulate=1, learning_rate=1e-6, warmup=0., weight_decay=0.,
+                            max_grad_norm=1., checkpoint_every=10**6, validate_every=10**6, recompute=False)
+        bare_times, clock = [], Clock()
+        inner = bare
+        def bare():
+            start = time.perf_counter()
+            inner()
+            bare_times.append(time.perf_counter() - start)
+        trainer = make_trainer(load_model(MODEL, where), rows * (ROUNDS + 1), rows[:1], tokenizer.pad_token_id, where,
+                               Path(folder), p)
+        trainer.args.eval_on_start, trainer.args.save_strategy = False, "no"
+        trainer.add_callback(clock)
+        trainer.train()
+    ours, plain = statistics.median(clock.times[1:]), statistics.median(bare_times[1:])
+    row("fine-tuning: tokens per second, against a bare loop", f"{plain / ours:.2f}", "at least 0.80")
+    weights = sum(w.numel() for w in net.parameters())
+    peak = matmul_flops(where)
+    row("fine-tuning: FLOP/s (6 x weights x tokens), against a large matmul", f"{6 * weights * count / ours / peak:.2f}",
+        f"limit 1; {count / ours:.0f} tokens/s, matmul {peak / 1e9:.0f} GFLOP/s")
+
+
+def matmul_flops(where, n: int = 2048) -> float:
+    "FLOP/s of a square matrix product in the device's dtype."
+    a = torch.randn(n, n, dtype=where.dtype, device=where.device)
+    def product():
+        a @ a
+        where.sync()
+    return 2 * n**3 / turns(product)[0]
+
+
+def bench_influence(where, tokenizer) -> None:
+    "Gradients of a band of 3 of 30 layers against a full forward and backward, per example."
+    rows = batch_of(tokenizer, 8, 256)
+    net = load_model(MODEL, where)
+    band = maskable(net, resolve_band("20-23 of 32", 30))
+    batch = {k: v.to(where.device) for k, v in collate(rows, tokenizer.pad_token_id).items()}
+
+    def full():
+        net.requires_grad_(True)
+        net(**batch).loss.backward()
+        net.zero_grad(set_to_none=True)
+        where.sync()
+
+    def ours():
+        band_gradients(net, band, rows, tokenizer.pad_token_id, where, 8)
+        where.sync()
+
+    a, b = turns(ours, full)
+    row("influence: cost per example, against a full forward and backward", f"{a / b:.2f}", "at most 0.70")
+    held = sum(w.numel() for w in band.values()) / sum(w.numel() for w in net.parameters())
+    row("influence: share of the model's gradients that is held", f"{held:.2f}", "the band's share")
+
+
+def bench_generation(where, tokenizer) -> None:
+    "Greedy answers to 16 problems against plain generate with the same batch and token limit."
+    net = load_model(MODEL, where)
+    prompts = [template_ids(tokenizer, [dict(role="user", content=chat_prompt(p))], prompt=True)
+               for p in load_humaneval()[::10]]
+    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=where.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=where.device)
+
+    def plain():
+        with inference(net):
+            net.generate(ids, attention_mask=mask, max_new_tokens=128, do_sample=False, pad_token_id=pad)
+
+    a, b = turns(lambda: generate_batch(net, tokenizer, prompts, 128, where), plain)
+    row("generation: seconds of plain generate, against ours (no stop at fences)", f"{b / a:.2f}", "more is better")
+
+
+def bench_masks() -> None:
+    "Selection and files."
+    scores = torch.randn(4096, 1024)
+    a, b = turns(lambda: top_k(scores, scores.numel() // 20), lambda: scores.flatten().sort())
+    row("mask: seconds of a full sort, against top_k, 4.2M scores", f"{b / a:.1f}", "more is better")
+    mask = Mask({"w": torch.rand(1024, 1024) < .05})
+    with tempfile.TemporaryDirectory() as folder:
+        size = save_mask(mask, Path(folder, "m.safetensors")).stat().st_size
+    row("mask: bits per weight in a file (the published format: 32)", f"{8 * size / mask.numel():.2f}", "limit 1")
+
+
+def bench_start(where) -> None:
+    "The fixed cost of a stage: a fresh Python that imports the stage and loads the model."
+    code = ("from mft_nb.evaluate import evaluate; from mft_nb.model import *; from mft_nb.device import pick_device; "
+            f"load_tokenizer('{MODEL}'); load_model('{MODEL}', pick_device())")
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    row("a stage: seconds to start Python, import and load", f"{time.perf_counter() - start:.1f}", "below 15")
+
+
+if __name__ == "__main__":
+    where = pick_device()
+    print(where)
+    tokenizer = load_tokenizer(MODEL)
+    bench_start(where)
+    bench_masks()
+    bench_training(where, tokenizer)
+    bench_influence(where, tokenizer)
+    bench_generation(where, tokenizer)
