@@ -1,5 +1,6 @@
 # The graph of stages of one study: snakemake --config study=laptop
 # Each rule runs one notebook by papermill. Stages decide themselves what an interrupted run left to do.
+import fcntl
 import os
 import sys
 
@@ -16,6 +17,8 @@ MASKED, SEEDS = P["methods"], P["seeds"]
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
 
 # papermill writes progress into the notebook; people look at the terminal
+for fd in (1, 2):  # a log file must be appended to by all, or they overwrite each other
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
 stderr = f"/proc/{os.getpid()}/fd/2"
 os.environ.setdefault("MFT_NB_TERMINAL", stderr if os.path.exists(stderr) else "/dev/tty")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -227,6 +227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mft_nb.model.load_tokenizer': ('model.html#load_tokenizer', 'mft_nb/model.py'),
                               'mft_nb.model.maskable': ('model.html#maskable', 'mft_nb/model.py'),
                               'mft_nb.model.n_layers': ('model.html#n_layers', 'mft_nb/model.py'),
+                              'mft_nb.model.n_weights': ('model.html#n_weights', 'mft_nb/model.py'),
                               'mft_nb.model.resolve_band': ('model.html#resolve_band', 'mft_nb/model.py'),
                               'mft_nb.model.source_of': ('model.html#source_of', 'mft_nb/model.py'),
                               'mft_nb.model.tiny_config': ('model.html#tiny_config', 'mft_nb/model.py'),

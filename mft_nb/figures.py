@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'OTHERS', 'STYLE', 'colour', 'label', 'styled', 'save_figu
            'symlog_ticks', 'flip_strip', 'scan_plot', 'places', 'score_distributions', 'block_density', 'mask_map',
            'top_tenth', 'mask_concentration', 'expected_jaccard', 'overlap_map', 'training_curve']
 
-# %% ../nbs/65_figures.ipynb #c6b15ef8
+# %% ../nbs/65_figures.ipynb #e09bb688
 import zlib
 from functools import wraps
 from pathlib import Path
@@ -24,7 +24,7 @@ from .compare import ALPHA, INSTRUMENTS
 from .influence import holds_until
 from .mask import Mask
 
-# %% ../nbs/65_figures.ipynb #731e4079
+# %% ../nbs/65_figures.ipynb #19033076
 COLOURS = dict(base="#949494", fft="#000000", sci="#0173b2", taylor="#de8f05", magnitude="#029e73", random="#cc78bc")
 OTHERS = ["#d55e00", "#ca9161", "#56b4e9", "#fbafe4", "#ece133"]
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -46,7 +46,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #b8d83a66
+# %% ../nbs/65_figures.ipynb #08dc5b5d
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #cf9b95de
+# %% ../nbs/65_figures.ipynb #2d09e92a
 @styled
 def forest(
     tests: pd.DataFrame,  # tests.csv of `compare`
@@ -94,7 +94,8 @@ def forest(
 
 def runs_in_words(seeds: int) -> str:
     "What an interval covers."
-    return "one run: intervals cover examples only" if seeds == 1 else f"{seeds} runs: intervals cover runs and examples"
+    if seeds == 1: return "one run: intervals cover examples only"
+    return f"{seeds} runs: intervals cover runs and examples"
 
 def spread_out(ax, rows: pd.DataFrame, scale: float) -> None:
     "Make the x axis logarithmic away from zero when the intervals differ in size by more than 25 times."
@@ -110,7 +111,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #1fdbfa92
+# %% ../nbs/65_figures.ipynb #7d324071
 @styled
 def flip_strip(
     flips: pd.DataFrame,  # flips.csv of `compare`
@@ -141,7 +142,7 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.3)
     return figure
 
-# %% ../nbs/65_figures.ipynb #27a2af73
+# %% ../nbs/65_figures.ipynb #378d9966
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -174,7 +175,7 @@ def scan_plot(
                     f"{len(scans)} seed{'s' * (len(scans) > 1)})", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #3206353e
+# %% ../nbs/65_figures.ipynb #29dfc4d1
 def places(names) -> pd.DataFrame:
     "Layer and role of weight matrices, from their names in the checkpoint; index: the names."
     rows = []
@@ -218,7 +219,7 @@ def score_distributions(
                     x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #9ea9cf79
+# %% ../nbs/65_figures.ipynb #0745ea9a
 def block_density(
     mask: torch.Tensor,  # bool (outputs, inputs)
     blocks: int = 24,  # at most this many on each side, of 8 lines or more
@@ -255,7 +256,7 @@ def mask_map(mask: Mask, method: str, study: str, seed: int) -> Figure:
                     "across: inputs)", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #97098e2c
+# %% ../nbs/65_figures.ipynb #01a901e6
 def top_tenth(counts: np.ndarray) -> float:
     "Share of the total that the largest tenth of the counts (at least one) holds; NaN when there is none."
     k = max(1, round(len(counts) / 10))
@@ -277,7 +278,7 @@ def mask_concentration(masks: dict[str, Mask], study: str, seed: int) -> Figure:
     figure.suptitle(f"{study}, seed {seed}: is a mask spread out (10%) or concentrated?", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #0d57ed64
+# %% ../nbs/65_figures.ipynb #f2339484
 def expected_jaccard(a: Mask, b: Mask) -> float:
     "Jaccard similarity of independent masks with the same counts in each matrix (ratio of expectations)."
     pairs = [(int(m.sum()), int(b.masked[n].sum()), m.numel()) for n, m in a.masked.items()]
@@ -302,7 +303,7 @@ def overlap_map(
     ax.tick_params(length=0)
     return figure
 
-# %% ../nbs/65_figures.ipynb #e2824ea9
+# %% ../nbs/65_figures.ipynb #234337c9
 @styled
 def training_curve(
     logs: dict[int, pd.DataFrame],  # seed -> log of the Trainer: step, loss, eval_loss

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHATML', 'EMBEDDED', 'Band', 'ModelName', 'tiny_tokenizer', 'tiny_config', 'embedded_folder', 'source_of',
            'load_config', 'load_tokenizer', 'load_model', 'layers_of', 'band_syntax', 'resolve_band', 'maskable',
-           'n_layers', 'check_model']
+           'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #2e00132e
+# %% ../nbs/02_model.ipynb #938ad2e2
 import os
 import re
 import shutil
@@ -25,7 +25,7 @@ from .device import Device
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #a0e76ccf
+# %% ../nbs/02_model.ipynb #dab8c5c3
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -46,8 +46,9 @@ def tiny_config() -> LlamaConfig:
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/02_model.ipynb #1bc5d17e
-EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, origin="weights dequantised from 4-bit GGUF (Q4_1)")}
+# %% ../nbs/02_model.ipynb #c88cddd2
+EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008,
+                                          origin="weights dequantised from 4-bit GGUF (Q4_1)")}
 
 def embedded_folder(
     name: str,  # a key of EMBEDDED
@@ -70,7 +71,7 @@ def embedded_folder(
     partial.rename(folder)
     return folder
 
-# %% ../nbs/02_model.ipynb #861a82b9
+# %% ../nbs/02_model.ipynb #31ee7e74
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -113,7 +114,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source_of(name), dtype=dtype)
     return model.to(device.device).eval()
 
-# %% ../nbs/02_model.ipynb #0264f016
+# %% ../nbs/02_model.ipynb #47328b93
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -123,7 +124,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #1930d044
+# %% ../nbs/02_model.ipynb #8fc335a6
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -150,7 +151,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #27daaffd
+# %% ../nbs/02_model.ipynb #082ae1c8
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -163,11 +164,18 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #93682345
+# %% ../nbs/02_model.ipynb #417b5cf7
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."
     return EMBEDDED[name]["layers"] if name in EMBEDDED else load_config(name).get_text_config().num_hidden_layers
+
+@cache
+def n_weights(name: str) -> int:
+    "Number of weights of a model by name, without loading any."
+    if name in EMBEDDED: return EMBEDDED[name]["weights"]
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(load_config(name))
+    return sum(p.numel() for p in model.parameters())
 
 def check_model(params: dict) -> None:
     "Raises ValueError unless the model exists and the band lies inside it."
