@@ -6,10 +6,10 @@
 __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', 'Seeds', 'OptionalFile', 'StudyName',
            'file_or_empty', 'folder_name', 'stage_notebooks', 'declared', 'all_parameters', 'check_parameters',
            'read_study', 'check_study', 'check_folders', 'write_json', 'write_jsonl', 'read_json', 'read_jsonl',
-           'sha256', 'hash_of', 'versions', 'git_revision', 'peak_memory_gb', 'Stage', 'code_of', 'open_stage',
-           'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
+           'sha256', 'hash_of', 'versions', 'git_revision', 'peak_memory_gb', 'disk_full', 'Stage', 'code_of',
+           'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #5d760622
+# %% ../nbs/00_study.ipynb #eabefd2c
 import ast
 import contextlib
 import errno
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from .settings import explain, project_root, settings
 
-# %% ../nbs/00_study.ipynb #adee036c
+# %% ../nbs/00_study.ipynb #3247fbc2
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -66,7 +66,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #465e8e52
+# %% ../nbs/00_study.ipynb #422423c5
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -95,7 +95,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #e48c59ee
+# %% ../nbs/00_study.ipynb #e1cce2f6
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -109,7 +109,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #0e68d21e
+# %% ../nbs/00_study.ipynb #9e2896e7
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -138,7 +138,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #2d0b44ae
+# %% ../nbs/00_study.ipynb #42e8e8be
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -157,12 +157,12 @@ def check_folders() -> None:
         folder = getattr(settings(), key)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder): pass
+            with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(2**20))  # fails on a full disk
         except OSError as e:
             raise ValueError(f"settings.ini: {key}: found {folder}, which cannot be written ({e.strerror}); "
                              f"set {key} in settings.ini or MFT_NB_{key.upper()} to a writable folder") from None
 
-# %% ../nbs/00_study.ipynb #e1019dee
+# %% ../nbs/00_study.ipynb #f1f31026
 def write_json(path: Path, value: Any) -> None:
     "Write JSON so that a reader sees the old file or the new one, never half of it."
     path = Path(path)
@@ -194,7 +194,7 @@ def hash_of(value: Any) -> str:
     "Short hash of any JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_study.ipynb #39fabdee
+# %% ../nbs/00_study.ipynb #e8d71528
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
@@ -217,13 +217,22 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #6ffee7ec
+# %% ../nbs/00_study.ipynb #fa83b283
+def disk_full(error: Exception, folder: Path) -> bool:
+    "Whether an error means that there is no room left on the disk of a folder."
+    known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    while not folder.exists(): folder = folder.parent
+    return known or shutil.disk_usage(folder).free < 2**20
+
+# %% ../nbs/00_study.ipynb #6eca64bb
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
+    own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
+
     def __init__(self, path: Path, identity: dict):
         self.path, self.identity = path, identity
         self.work = path.with_name(path.name + ".partial")
-        self.started, self.facts = time.time(), {}
+        self.started, self.facts, self._lock = time.time(), {}, None
 
     @property
     def done(self) -> bool:
@@ -236,6 +245,13 @@ class Stage:
         self.facts |= facts
 
     def __enter__(self):
+        try:
+            return self._begin()
+        except OSError as e:
+            self.__exit__(type(e), e, None)
+            raise
+
+    def _begin(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path.with_name(f".{self.path.name}.lock"), "w")
         try:
@@ -243,6 +259,8 @@ class Stage:
         except BlockingIOError:
             print(f"another process works on {self.path.name}; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+        complete = self.work / "manifest.json"  # killed just before it got its name
+        if complete.exists() and read_json(complete)["identity"] == hash_of(self.identity): self._name()
         if self.done:
             made = read_json(self.path / "manifest.json")["made"]
             print(f"{self.path.name}: done before ({made}), nothing to do")
@@ -251,14 +269,16 @@ class Stage:
         if not (stamp.exists() and read_json(stamp) == hash_of(self.identity)):
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(parents=True)
-            write_json(stamp, hash_of(self.identity))
             write_json(self.work / "spent.json", 0)
+            write_json(stamp, hash_of(self.identity))  # last: with it, the folder is fit to be resumed
+        for path in self.work.rglob(".*"):
+            if path.suffix[1:].isdigit(): path.unlink()  # half a file of a killed `write_json`
         return self
 
     def __exit__(self, kind, error, trace):
-        self._lock.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"the disk of {self.path.parent} is full: free some space or set MFT_NB_RUNS "
+        if self._lock: self._lock.close()
+        if isinstance(error, Exception) and disk_full(error, self.path.parent):
+            raise OSError(errno.ENOSPC, f"the disk of {self.path.parent} is full: free some space or set MFT_NB_RUNS "
                           "to another disk, then run again; what was done is kept") from error
 
     def spend(self) -> None:
@@ -271,19 +291,23 @@ class Stage:
         "Hash the outputs, write the manifest, and give the folder its final name."
         self.spend()
         spent = read_json(self.work / "spent.json")
-        for name in ("spent.json", "identity.json", "manifest.json"): (self.work / name).unlink(missing_ok=True)
-        files = sorted(p for p in self.work.rglob("*") if p.is_file())
-        outputs = {str(p.relative_to(self.work)): sha256(p) for p in files}
+        files = (str(p.relative_to(self.work)) for p in sorted(self.work.rglob("*")) if p.is_file())
+        outputs = {f: sha256(self.work / f) for f in files if f not in self.own}
         manifest = dict(stage=self.path.name, made=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
                         identity=hash_of(self.identity), **self.identity, outputs=outputs, metrics=metrics or {},
                         seconds=round(spent, 1), peak_memory_gb=round(peak_memory_gb(), 2), versions=versions(),
                         git=git_revision(), **self.facts)
-        shutil.rmtree(self.path, ignore_errors=True)
         write_json(self.work / "manifest.json", manifest)
+        return self._name()
+
+    def _name(self) -> Path:
+        "Give a complete folder its final name."
+        shutil.rmtree(self.path, ignore_errors=True)
         os.replace(self.work, self.path)
+        for name in ("spent.json", "identity.json"): (self.path / name).unlink(missing_ok=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #174efff8
+# %% ../nbs/00_study.ipynb #a9509356
 def code_of(
     stage: str,  # name of a stage, which is the name of its module
 ) -> list[Path]:
@@ -316,7 +340,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #a53e4423
+# %% ../nbs/00_study.ipynb #6fac8744
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -328,7 +352,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
 
-# %% ../nbs/00_study.ipynb #383f9998
+# %% ../nbs/00_study.ipynb #511b41b3
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -343,7 +367,7 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #602e2fdf
+# %% ../nbs/00_study.ipynb #81d58913
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -355,7 +379,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #839500bb
+# %% ../nbs/00_study.ipynb #118795a2
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
