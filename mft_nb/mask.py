@@ -6,7 +6,7 @@
 __all__ = ['budget', 'top_k', 'Mask', 'save_mask', 'load_mask', 'load_official', 'save_official', 'apply_mask', 'masked',
            'jaccard']
 
-# %% ../nbs/03_mask.ipynb #4ced08af
+# %% ../nbs/03_mask.ipynb #a68f6519
 import contextlib
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #c13e1242
+# %% ../nbs/03_mask.ipynb #0a03c8a9
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -42,7 +42,7 @@ def top_k(
     chosen[ties[: k - int(chosen.sum())]] = True
     return chosen.view(scores.shape)
 
-# %% ../nbs/03_mask.ipynb #77dd385d
+# %% ../nbs/03_mask.ipynb #d592683e
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -87,28 +87,28 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #9a314a0b
+# %% ../nbs/03_mask.ipynb #b88c3a27
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
     shapes = {n: list(m.shape) for n, m in mask.masked.items()}
-    save_file(packed, path, metadata=dict(format="mft_nb mask 1", shapes=json.dumps(shapes),
-                                          provenance=json.dumps(mask.provenance)))
+    about = dict(format="mft_nb mask 1", shapes=shapes, provenance=mask.provenance)
+    save_file(packed, path, metadata=dict(about=json.dumps(about)))  # one key: safetensors shuffles several
     return Path(path)
 
 def load_mask(path: str | Path) -> Mask:
     "Read a mask file. Raises ValueError when it is none."
     with safe_open(path, framework="pt") as f:
-        meta = f.metadata() or {}
+        meta = json.loads((f.metadata() or {}).get("about", "{}"))
         if meta.get("format") != "mft_nb mask 1":
             raise ValueError(f"{path}: found format {meta.get('format')!r}, allowed is 'mft_nb mask 1'")
         masked = {}
-        for name, shape in json.loads(meta["shapes"]).items():
+        for name, shape in meta["shapes"].items():
             bits = np.unpackbits(f.get_tensor(name).numpy(), count=int(np.prod(shape)))
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
-    return Mask(masked, json.loads(meta["provenance"]))
+    return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #3d7eb604
+# %% ../nbs/03_mask.ipynb #4b70d0c1
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept). Raises ValueError unless it holds only 0/1 tensors."
     kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -121,7 +121,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #6c818981
+# %% ../nbs/03_mask.ipynb #e04be7bd
 def apply_mask(model: nn.Module, mask: Mask) -> None:
     "Zero the masked weights of a model in place. Raises ValueError when names or shapes do not fit."
     weights = dict(model.named_parameters())
@@ -148,7 +148,7 @@ def masked(model: nn.Module, mask: Mask | None) -> Iterator[nn.Module]:
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #67f75d52
+# %% ../nbs/03_mask.ipynb #ce5c8118
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()
