@@ -8,7 +8,7 @@ __all__ = ['MOST_HASHED', 'CONTAINERS', 'NAMESPACES', 'NEW_USER', 'BIND', 'REC',
            'libc', 'unused_uid', 'become', 'enter_namespaces', 'read_only', 'enter_files', 'drop_rights',
            'filter_system_calls', 'fence_files', 'children', 'wait_and_clean', 'main']
 
-# %% ../nbs/44_box.ipynb #eb912912
+# %% ../nbs/44_box.ipynb #b329ce06
 import ctypes
 import json
 import os
@@ -21,7 +21,7 @@ import traceback
 import types
 from contextlib import suppress
 
-# %% ../nbs/44_box.ipynb #f6d61e5a
+# %% ../nbs/44_box.ipynb #87eb38e7
 class Opaque:
     "Stands for a returned object that is not plain data; equal to nothing."
     def __init__(self, kind: str): self.kind = kind
@@ -74,7 +74,7 @@ def decode(data):  # what `encode` made
     return {"i": lambda: int(body, 16), "c": lambda: complex(*body), "b": lambda: bytes.fromhex(body),
             "o": lambda: Opaque(str(body))}[tag]()
 
-# %% ../nbs/44_box.ipynb #a45ffb7f
+# %% ../nbs/44_box.ipynb #408ef0c1
 def attempt(action):
     "The value of `action()`, or the exception it ended with, as an answer."
     try:
@@ -102,7 +102,7 @@ def serve(requests, answers: int, order: dict) -> None:
         arguments = decode(json.loads(line))
         answer(attempt(lambda: getattr(module, order["entry_point"])(*arguments)))
 
-# %% ../nbs/44_box.ipynb #fa02149c
+# %% ../nbs/44_box.ipynb #8b502fe4
 def set_limits(limits: dict) -> list[str]:
     "Lower the limits of this process and of all it may start; return the names of those that the system took."
     taken = []
@@ -117,7 +117,7 @@ def set_limits(limits: dict) -> list[str]:
             taken.append(name)
     return taken
 
-# %% ../nbs/44_box.ipynb #c39b5616
+# %% ../nbs/44_box.ipynb #68706ca9
 NAMESPACES = {"mount": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "pid": 0x20000000, "net": 0x40000000}
 NEW_USER = 0x10000000
 BIND, REC, PRIVATE, REMOUNT = 0x1000, 0x4000, 0x40000, 0x20
@@ -167,7 +167,7 @@ def enter_namespaces() -> tuple[list[str], int]:
             file.write(line)
     return ["user", *NAMESPACES], 65534
 
-# %% ../nbs/44_box.ipynb #fa92cec9
+# %% ../nbs/44_box.ipynb #d164bded
 def read_only(root: str, binds: list[str]) -> None:
     "Make a mount and all below it read only."
     class Attributes(ctypes.Structure):
@@ -207,7 +207,7 @@ def enter_files(order: dict, uid: int) -> None:
     os.chroot("/box")
     os.chdir("/box")
 
-# %% ../nbs/44_box.ipynb #01839f7f
+# %% ../nbs/44_box.ipynb #55b8b72a
 def drop_rights(uid: int | None) -> list[str]:
     "Give up root or the capabilities of a user namespace, for this process and all it starts."
     if os.geteuid() == 0 and uid is not None:
@@ -218,7 +218,7 @@ def drop_rights(uid: int | None) -> list[str]:
     libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     return ["no capabilities", "no new privileges"]
 
-# %% ../nbs/44_box.ipynb #1b37e6c4
+# %% ../nbs/44_box.ipynb #2d9a39d6
 REFUSED = {  # system call: number on x86-64, on arm64
     "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "ptrace": (101, 117), "kill": (62, 129),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "tkill": (200, 130), "tgkill": (234, 131),
@@ -255,7 +255,7 @@ def filter_system_calls(alone: bool) -> list[str]:
     del text
     return ["system call filter"]
 
-# %% ../nbs/44_box.ipynb #30a4ad6a
+# %% ../nbs/44_box.ipynb #bfe899b8
 def fence_files(readable: list[str], folder: str) -> list[str]:
     "From now on this process reads only `readable` and writes only into `folder` (Landlock)."
     kernel = ctypes.CDLL(None, use_errno=True).syscall
@@ -274,7 +274,7 @@ def fence_files(readable: list[str], folder: str) -> list[str]:
     os.close(ruleset)
     return ["file fence"] if restricted else []
 
-# %% ../nbs/44_box.ipynb #297eae1c
+# %% ../nbs/44_box.ipynb #f03b43be
 def children() -> list[int]:
     "Processes whose parent is this one (Linux only)."
     found = []
@@ -311,7 +311,7 @@ def wait_and_clean(child: int, requests: int, isolated: bool) -> int:
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
-# %% ../nbs/44_box.ipynb #50f261cd
+# %% ../nbs/44_box.ipynb #5470a297
 def main() -> None:
     "The launcher: read the order from standard input, build the box, run the program in it, clean up."
     requests, answers = os.dup(0), os.dup(1)

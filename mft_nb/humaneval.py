@@ -8,7 +8,7 @@ __all__ = ['FENCE', 'PLUS_URL', 'PLUS_SHA256', 'PLUS_FIELDS', 'CORRECTIONS', 'PL
            'is_floats', 'tolerances', 'equal', 'is_zero', 'expected_values', 'shown', 'run_plus_tests', 'run_suite',
            'check', 'score']
 
-# %% ../nbs/46_humaneval.ipynb #7be7e8de
+# %% ../nbs/46_humaneval.ipynb #eb558050
 import gzip
 import hashlib
 import importlib.util
@@ -35,7 +35,7 @@ from .parts import PARTS, part
 from .sandbox import Box, Failure, Limits, protection
 from .study import progress, settings
 
-# %% ../nbs/46_humaneval.ipynb #b56dfeb9
+# %% ../nbs/46_humaneval.ipynb #aadd83c8
 def load_humaneval() -> list[dict]:
     "The 164 problems in order: task_id, prompt, entry_point, canonical_solution, test. Raises PartError."
     wanted = PARTS["humaneval"].sha256
@@ -45,14 +45,14 @@ def load_humaneval() -> list[dict]:
         path = part("humaneval")
     return [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
 
-# %% ../nbs/46_humaneval.ipynb #385f403a
+# %% ../nbs/46_humaneval.ipynb #83c8f303
 def chat_prompt(
     problem: dict,  # one of load_humaneval()
 ) -> str:  # the user's turn
     "Ask for the whole function, in the format of the fine-tuning data."
     return code_request(problem["prompt"])
 
-# %% ../nbs/46_humaneval.ipynb #b9399623
+# %% ../nbs/46_humaneval.ipynb #e676cf32
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -74,7 +74,7 @@ def extract_code(
     rest = [line for line in lines if line not in future]
     return "\n".join([*future, preamble(problem), *rest]).strip() + "\n"
 
-# %% ../nbs/46_humaneval.ipynb #6e397fa6
+# %% ../nbs/46_humaneval.ipynb #5e095970
 def _seeded_import(name: str, *rest) -> Any:
     "`import random` gives the tests a generator of their own."
     if name != "random":
@@ -100,7 +100,7 @@ def run_base_tests(problem: dict, candidate) -> str:
         return f"{'' if isinstance(error, AssertionError) else type(error).__name__ + ': '}{line}"[:300]
     return ""
 
-# %% ../nbs/46_humaneval.ipynb #fdb88d7d
+# %% ../nbs/46_humaneval.ipynb #984ca267
 PLUS_URL = "https://github.com/evalplus/humanevalplus_release/releases/download/v0.1.10/HumanEvalPlus.jsonl.gz"
 PLUS_SHA256 = "42526ec0e7d5f3ee0b06d6ced98f8c8bae3d76519151bfb3d36f79010645bd7f"  # of the text, unpacked
 PLUS_FIELDS = ("base_input", "plus_input", "atol")
@@ -154,7 +154,7 @@ def load_humaneval_plus(path: str | Path | None = None) -> list[dict] | None:
     return [p | more | {"plus_solution": solutions[p["task_id"]], "plus_sha256": digest}
             for p, more in zip(problems, added, strict=True)]
 
-# %% ../nbs/46_humaneval.ipynb #1e19fe78
+# %% ../nbs/46_humaneval.ipynb #7e551d90
 CORRECTIONS = {
     "HumanEval/32": "evalplus 0.3.1 fails every solution of find_zero, because its branch skips the note of success; "
                     "here a value passes when |poly(value)| <= 1e-4",
@@ -199,7 +199,7 @@ def is_zero(coefficients: list, value: Any, atol: float) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
 
-# %% ../nbs/46_humaneval.ipynb #a2303e6e
+# %% ../nbs/46_humaneval.ipynb #3dbeb9d6
 PLUS_LIMITS = Limits(timeout_s=62, memory_mb=4096)
 LARGE = replace(PLUS_LIMITS, output_mb=32)  # two problems have answers of up to 13 MB
 EACH_S = 4.0  # time for one input
@@ -246,7 +246,7 @@ def run_plus_tests(problem: dict, box: Box, expected: list) -> str:
             return f"{call} gave {shown(value)}, expected {shown(wanted)}"
     return ""
 
-# %% ../nbs/46_humaneval.ipynb #f61e501b
+# %% ../nbs/46_humaneval.ipynb #9067d0aa
 def run_suite(problem: dict, code: str, suite: str, timeout_s: float = 5.0, mode: str | None = None) -> tuple[str, str]:
     "Run `base` or `plus` tests on a program in a new box; return status and reason."
     expected, limits = [], Limits(timeout_s)
@@ -281,7 +281,7 @@ def check(
     return {"task_id": problem["task_id"], "passed": passed, "base": base, "plus": passed if plus else None,
             "status": status, "reason": reason, "seconds": round(time.monotonic() - started, 3)}
 
-# %% ../nbs/46_humaneval.ipynb #a9a65d68
+# %% ../nbs/46_humaneval.ipynb #26cdc623
 def score(
     problems: list[dict],        # of load_humaneval() or load_humaneval_plus()
     codes: list[str],            # one program per problem

@@ -6,7 +6,7 @@
 __all__ = ['Limits', 'SandboxUnavailable', 'Failure', 'visible', 'Box', 'close', 'sandbox_mode', 'protection', 'Run',
            'run_sandboxed']
 
-# %% ../nbs/45_sandbox.ipynb #e4d81947
+# %% ../nbs/45_sandbox.ipynb #bbdc78c1
 import contextlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from typing import Any
 
 from .box import decode, encode
 
-# %% ../nbs/45_sandbox.ipynb #afea47bc
+# %% ../nbs/45_sandbox.ipynb #e958a328
 @dataclass(frozen=True)
 class Limits:
     "What one boxed program may use."
@@ -54,7 +54,7 @@ class Failure(Exception):
         super().__init__(f"{status}: {detail}" if detail else status)
         self.status, self.detail = status, detail
 
-# %% ../nbs/45_sandbox.ipynb #54ed6dd8
+# %% ../nbs/45_sandbox.ipynb #469e2d8b
 @cache
 def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     "What the box sees: `binds` (path inside: path outside), `links`, and what to add to `path`."
@@ -76,7 +76,7 @@ def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
                 binds[f"/packages/{part.name}"] = str(part)
     return {"binds": binds, "links": links, "path": ["/packages"] if packages else []}
 
-# %% ../nbs/45_sandbox.ipynb #793b575c
+# %% ../nbs/45_sandbox.ipynb #ca187e44
 class Box:
     "One untrusted program in a box: `with Box(program, 'add') as box: box.call(2, 3)`."
     def __init__(
@@ -144,7 +144,7 @@ class Box:
         "Wall time since the start."
         return time.monotonic() - self.started
 
-# %% ../nbs/45_sandbox.ipynb #b9160cc5
+# %% ../nbs/45_sandbox.ipynb #196ca4c2
 def _value(self: Box, answer: dict) -> Any:
     "The value in an answer, or the failure it reports."
     if "error" in answer:
@@ -226,7 +226,7 @@ def close(self: Box) -> None:
 
 Box._value, Box._answer, Box._ended, Box.close = _value, _answer, _ended, close
 
-# %% ../nbs/45_sandbox.ipynb #3f70cd7b
+# %% ../nbs/45_sandbox.ipynb #4b9b84fe
 def sandbox_mode() -> str:
     "What settings.ini says: isolated or limits."
     from mft_nb.study import settings
@@ -263,7 +263,7 @@ def protection(mode: str | None = None, quiet: bool = False) -> tuple[str, ...]:
         print(f"sandbox {mode}: {', '.join(names)}")
     return names
 
-# %% ../nbs/45_sandbox.ipynb #3f146083
+# %% ../nbs/45_sandbox.ipynb #dd8e7007
 @dataclass(frozen=True)
 class Run:
     "What came of one program."

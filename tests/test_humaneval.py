@@ -16,12 +16,13 @@ from mft_nb.humaneval import (
     find_humaneval_plus,
     load_humaneval,
     load_humaneval_plus,
+    run_plus_tests,
     run_suite,
     score,
     shown,
     tolerances,
 )
-from mft_nb.sandbox import SandboxUnavailable, protection
+from mft_nb.sandbox import Box, Limits, SandboxUnavailable, protection
 
 PLUS_FILE = Path(__file__).parents[2] / "shared" / "data" / "humanevalplus" / "HumanEvalPlus.jsonl.gz"
 needs_plus = pytest.mark.skipif(not PLUS_FILE.exists(), reason="no ../shared/data/humanevalplus here")
@@ -106,6 +107,14 @@ def test_find_zero_is_judged(plus):
     nearly = plus[32]["plus_solution"].replace("return x", "return x + 0.01")
     assert nearly != plus[32]["plus_solution"]
     assert not check(plus[32], nearly, plus=True, mode=MODE)["passed"]
+
+
+@pytest.mark.parametrize("value, passes", [(1.0, True), (3.0, True), (2.5, False), (None, False), ("1", False)])
+def test_any_zero_of_the_polynomial_passes(problems, value, passes):
+    "(x - 1)(x - 2)(x - 3): the canonical solution finds 1, another may find 3."
+    problem = problems[32] | {"base_input": [[[-6, 11, -6, 1]]], "plus_input": [], "atol": 1e-4}
+    with Box(f"def find_zero(xs): return {value!r}", "find_zero", Limits(), MODE) as box:
+        assert (run_plus_tests(problem, box, [1.0]) == "") == passes
 
 
 def test_find_zero_cannot_bring_its_own_poly(problems):

@@ -37,12 +37,22 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 isolated = pytest.mark.parametrize("mode", MODES[:1])
 
 
-def boxes() -> list[psutil.Process]:
-    "Launchers and boxes that live anywhere on this machine, zombies included."
+def is_box(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and "box.main()" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def boxes(of: int = os.getpid()) -> list[psutil.Process]:
+    "Launchers and boxes that process `of` started, and those that have lost their parent; not those of other people."
     found = []
-    for process in psutil.process_iter():
+    for process in filter(is_box, psutil.process_iter()):
         try:
-            if "box.main()" in " ".join(process.cmdline()):
+            top = process.parent()
+            while is_box(top):
+                top = top.parent()
+            if top is None or top.pid in (1, of):
                 found.append(process)
         except psutil.Error:
             pass
@@ -50,8 +60,8 @@ def boxes() -> list[psutil.Process]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
-    files = set(Path(tempfile.gettempdir()).glob("mft-box-*"))
+def nothing_left_behind(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("boxes")))
     before = {p.pid for p in boxes()}
     yield
     for _ in range(20):
@@ -61,7 +71,7 @@ def nothing_left_behind():
         time.sleep(0.05)
     assert not left
     assert not [c for c in psutil.Process().children(recursive=True) if c.status() == psutil.STATUS_ZOMBIE]
-    assert set(Path(tempfile.gettempdir()).glob("mft-box-*")) <= files
+    assert not os.listdir(tempfile.gettempdir())
 
 
 # --- verdicts cannot be faked -------------------------------------------------------------------------------------
@@ -407,19 +417,17 @@ def test_sets_keep_their_order_from_run_to_run(mode):
 
 @each_mode
 def test_a_killed_scorer_takes_its_boxes_along(mode):
-    host = subprocess.Popen(
-        [sys.executable, "-c", "from mft_nb.sandbox import run_sandboxed\n"
-         f"run_sandboxed('import time; print(1); time.sleep(60)', timeout_s=60, mode={mode!r})"])
+    program = ("from mft_nb.sandbox import run_sandboxed\n"
+               f"run_sandboxed('import time; time.sleep(60)', 60, mode={mode!r})")
+    host = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"TMPDIR": tempfile.gettempdir()})
     deadline = time.monotonic() + 10
-    while len(boxes()) < 2 and time.monotonic() < deadline:
+    while len(boxes(host.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    started = len(boxes())
+    started = len(boxes(host.pid))
     host.send_signal(signal.SIGKILL)
     host.wait()
     time.sleep(0.5)
-    left = boxes()
-    for folder in Path(tempfile.gettempdir()).glob("mft-box-*"):
-        shutil.rmtree(folder)  # limits mode: nobody is left to remove it
+    left = boxes(host.pid)
     assert started >= 2 and not left
 
 
