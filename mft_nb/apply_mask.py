@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_file_of', 'write_masked', 'model_card', 'check', 'publish']
 
-# %% ../nbs/40_apply_mask.ipynb #5d35d2be
+# %% ../nbs/40_apply_mask.ipynb #79131976
 import shutil
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from .influence import METHODS
 from .mask import Mask, load_mask
-from .study import Seed, StudyName, finished, open_stage, read_json, sha256
+from .study import Seed, StudyName, checked, finished, open_stage, read_json, sha256
 
-# %% ../nbs/40_apply_mask.ipynb #7ecf35de
+# %% ../nbs/40_apply_mask.ipynb #5ee8ce17
 def mask_file_of(study: str, variant: str, seed: int) -> Path | None:
     "Mask file of a variant, None for base and fft. Raises ValueError when no such method was run."
     if variant in ("base", "fft"): return None
@@ -45,7 +45,7 @@ def write_masked(checkpoint: Path, mask: Mask, target: Path) -> None:
             save_file(tensors, target / path.name, metadata=f.metadata())
     if missing: raise ValueError(f"{checkpoint}: has no weights {sorted(missing)[:3]}; is this the mask's checkpoint?")
 
-# %% ../nbs/40_apply_mask.ipynb #711cfe94
+# %% ../nbs/40_apply_mask.ipynb #6135ce19
 def model_card(study: str, variant: str, mask: Mask, base: str) -> str:
     "A model card in Markdown: what was zeroed, by which method, from which checkpoint."
     about = "\n".join(f"| {k} | {v} |" for k, v in mask.provenance.items())
@@ -61,7 +61,8 @@ def check(params: dict) -> None:
     if params["variant"] not in allowed:
         raise ValueError(f"variant: found {params['variant']!r}; allowed: {', '.join(allowed)}")
 
-def publish(study: str, seed: int, variant: str) -> Path:
+@checked
+def publish(study: StudyName, seed: Seed, variant: StudyName) -> Path:
     "Write the masked checkpoint of a variant; returns runs/<study>/apply_mask/<variant>-seed<seed>."
     params, path = dict(locals()), mask_file_of(study, variant, seed)
     if path is None: raise ValueError(f"variant: found {variant!r}; allowed are the methods with a mask")

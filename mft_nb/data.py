@@ -8,7 +8,7 @@ __all__ = ['Answers', 'BLOCK', 'SHINGLE', 'NEAR', 'LONG', 'SHORT', 'SHARE', 'MBP
            'mbpp_texts', 'benchmarks', 'ordered', 'split_rows', 'check', 'Clean', 'clean_rows', 'card_of',
            'markdown_table', 'card_markdown', 'prepare_data']
 
-# %% ../nbs/10_data.ipynb #a3132fda
+# %% ../nbs/10_data.ipynb #501b0f1a
 import ast
 import gzip
 import hashlib
@@ -28,13 +28,14 @@ from .chat import REQUEST, code_answer
 from .parts import PartError, part
 from .sources import Sources, check_source, fingerprint, load_source, reach_hub, read_records
 from mft_nb.study import (
-    Count, OptionalFile, Seed, StudyName, hash_of, open_stage, progress, project_root, sha256, write_json, write_jsonl,
+    Count, OptionalFile, Seed, StudyName, checked, hash_of, open_stage, progress, project_root, sha256, write_json,
+    write_jsonl,
 )
 
-# %% ../nbs/10_data.ipynb #ced4b7f2
+# %% ../nbs/10_data.ipynb #8ec93646
 Answers = Literal["any", "python"]
 
-# %% ../nbs/10_data.ipynb #2a839bf0
+# %% ../nbs/10_data.ipynb #efeef35a
 BLOCK = re.compile(r"```(?:python|py)\n(.*?)```", re.DOTALL)
 
 
@@ -77,7 +78,7 @@ def quality(
         raise ValueError("Python block does not compile")
     return row
 
-# %% ../nbs/10_data.ipynb #7a66e5e1
+# %% ../nbs/10_data.ipynb #550981ec
 SHINGLE = 5  # words
 NEAR = 0.7  # Jaccard similarity from which two rows count as one
 
@@ -105,7 +106,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
-# %% ../nbs/10_data.ipynb #264a0c0f
+# %% ../nbs/10_data.ipynb #7df484d7
 class Twin(NamedTuple):
     "A row that was dropped for one that came before."
     row: str  # id
@@ -138,7 +139,7 @@ def without_twins(
             kept.append(row)
     return kept, twins
 
-# %% ../nbs/10_data.ipynb #c5da0b52
+# %% ../nbs/10_data.ipynb #2818e04b
 LONG, SHORT, SHARE = 13, 8, 0.5
 
 
@@ -173,7 +174,7 @@ class Benchmarks:
                 return problem, f"{n} of {self.sizes[problem]} runs of {SHORT} words"
         return None
 
-# %% ../nbs/10_data.ipynb #08491091
+# %% ../nbs/10_data.ipynb #d65ab444
 def humaneval_texts() -> dict[str, str]:  # name -> prompt and canonical solution
     "Problems of HumanEval, from the embedded part."
     problems = map(json.loads, gzip.decompress(part("humaneval").read_bytes()).splitlines())
@@ -195,7 +196,7 @@ def mbpp_texts(
         raise ValueError(f"{where}: it is empty; mbpp.jsonl has 974 problems")
     return texts
 
-# %% ../nbs/10_data.ipynb #a14d554b
+# %% ../nbs/10_data.ipynb #8ce1a8f0
 MBPP = "google-research-datasets/mbpp"
 
 
@@ -224,7 +225,7 @@ def benchmarks(
         index.add(problem, text)
     return index, checked
 
-# %% ../nbs/10_data.ipynb #5d79a6ea
+# %% ../nbs/10_data.ipynb #b89b1428
 def ordered(rows: list[dict], salt: str) -> list[dict]:
     "Rows in a random order that depends on the salt and each row's own id only."
     return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}/{row['id']}".encode()).digest())
@@ -250,7 +251,7 @@ def split_rows(
         start += n
     return splits
 
-# %% ../nbs/10_data.ipynb #f366a431
+# %% ../nbs/10_data.ipynb #0e2f12d0
 def check(params: dict) -> None:
     "Refuse what can be known before work starts: sources, files, limits, the embedded part. Raises ValueError."
     if params["min_characters"] >= params["max_characters"]:
@@ -270,7 +271,7 @@ def check(params: dict) -> None:
     except ValueError as e:
         raise ValueError(f"mbpp: {e}") from None
 
-# %% ../nbs/10_data.ipynb #b81bb84b
+# %% ../nbs/10_data.ipynb #c3eebb72
 class Clean(NamedTuple):
     "Rows that may be used, and what happened to the others."
     rows: list[dict]
@@ -312,7 +313,7 @@ def clean_rows(
     contaminated = [{"row": row, "problem": problem, "evidence": evidence} for row, (problem, evidence) in hits.items()]
     return Clean(single, counts, reasons, examples, facts, twins, contaminated)
 
-# %% ../nbs/10_data.ipynb #e6a62ac6
+# %% ../nbs/10_data.ipynb #91c7017b
 def card_of(
     study: str, clean: Clean,
     checked: dict[str, str],  # benchmark -> what was checked
@@ -328,7 +329,7 @@ def card_of(
             "hashes": {s: hash_of([row for row in clean.rows if row["source"] == s]) for s in counts},
             "example": min(splits["train"], key=lambda row: len(str(row["messages"])))}
 
-# %% ../nbs/10_data.ipynb #3a6f81ba
+# %% ../nbs/10_data.ipynb #9ca9e71a
 def markdown_table(head: list[str], rows: list[list]) -> str:
     "A Markdown table."
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
@@ -357,7 +358,8 @@ def card_markdown(card: dict) -> str:
         f"runs of {SHORT} words.", markdown_table(["row", "problem", "evidence"], hits) if hits else "",
         "## One training row", *(f"**{m['role']}**\n\n{m['content']}" for m in card["example"]["messages"]), ""])
 
-# %% ../nbs/10_data.ipynb #5767976a
+# %% ../nbs/10_data.ipynb #3fc56905
+@checked
 def prepare_data(
     study: StudyName, sources: Sources,
     train_per_source: Count, gradient_per_source: Count, validation_per_source: Count,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reference_chat', 'answer_problems', 'chosen_problems', 'evaluate', 'summary']
 
-# %% ../nbs/50_evaluate.ipynb #26f4ff77
+# %% ../nbs/50_evaluate.ipynb #ca3b6520
 import ast
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from .loss import evaluate_losses
 from .mask import apply_mask, load_mask
 from .model import ModelName, load_model, load_tokenizer
 from .sandbox import protection
-from .study import (Count, CountOrZero, OptionalFile, Seed, StudyName, finished, open_stage, progress,
+from .study import (Count, CountOrZero, OptionalFile, Seed, StudyName, checked, finished, open_stage, progress,
                           project_root, read_jsonl, seed_everything, sha256, write_jsonl)
 
-# %% ../nbs/50_evaluate.ipynb #2f8dcf5c
+# %% ../nbs/50_evaluate.ipynb #2b188c78
 def reference_chat(
     problem: dict,  # of load_humaneval()
 ) -> list[dict]:
@@ -36,7 +36,7 @@ def reference_chat(
     answer = "\n\n\n".join(p for p in (preamble(problem), "\n".join(line for line in kept if line.strip())) if p)
     return [dict(role="user", content=chat_prompt(problem)), dict(role="assistant", content=code_answer(answer))]
 
-# %% ../nbs/50_evaluate.ipynb #788fc5b8
+# %% ../nbs/50_evaluate.ipynb #9cbef5a1
 def answer_problems(
     net, tokenizer,
     problems: list[dict],  # of load_humaneval()
@@ -71,14 +71,15 @@ def _any_closed(names: list[str]):
     checks = [block_closed(n) for n in names]
     return lambda row, text: checks[row](text)
 
-# %% ../nbs/50_evaluate.ipynb #817ae0fd
+# %% ../nbs/50_evaluate.ipynb #bc46f8d2
 def chosen_problems(problems: list[dict], n: int) -> list[dict]:
     "All problems, or n of them spread evenly."
     return problems if not n or n >= len(problems) else [problems[i * len(problems) // n] for i in range(n)]
 
+@checked
 def evaluate(
-    study: str, model: str, seed: int, variant: str, problems: int, max_new_tokens: int, generation_batch_size: int,
-    max_tokens: int, humaneval_plus: str,
+    study: StudyName, model: ModelName, seed: Seed, variant: StudyName, problems: CountOrZero, max_new_tokens: Count,
+    generation_batch_size: Count, max_tokens: Count, humaneval_plus: OptionalFile,
 ) -> Path:
     "Evaluate one variant; returns runs/<study>/evaluate/<variant>-seed<seed>. Parameters as in the cell above."
     params, where = dict(locals()), pick_device()

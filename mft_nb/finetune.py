@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MasterAdamW', 'training_order', 'ChatTrainer', 'ShowProgress', 'last_checkpoint', 'check', 'finetune', 'make_trainer']
 
-# %% ../nbs/20_finetune.ipynb #9eb206eb
+# %% ../nbs/20_finetune.ipynb #5dcc5f4b
 import json
 import shutil
 import time
@@ -21,10 +21,10 @@ from .chat import encode_rows
 from .device import Device, pick_device
 from .loss import collate, evaluate_losses, head_is_plain, label_losses
 from .model import Band, ModelName, check_model, load_model, load_tokenizer, n_weights
-from .study import (Count, NonNegative, Positive, Seed, StudyName, finished, open_stage, progress,
+from .study import (Count, NonNegative, Positive, Seed, StudyName, checked, finished, open_stage, progress,
                           read_jsonl, seed_everything, settings, write_jsonl)
 
-# %% ../nbs/20_finetune.ipynb #111b7594
+# %% ../nbs/20_finetune.ipynb #4f7cc66e
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -57,7 +57,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/20_finetune.ipynb #b16e5c39
+# %% ../nbs/20_finetune.ipynb #b70a527f
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -77,7 +77,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/20_finetune.ipynb #d0e52e9c
+# %% ../nbs/20_finetune.ipynb #2300cb9b
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss` and a fixed order of examples."
     def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, **kw):
@@ -102,7 +102,7 @@ class ChatTrainer(Trainer):
             self.log(self.seen[1])
         return self.seen[1]
 
-# %% ../nbs/20_finetune.ipynb #06562147
+# %% ../nbs/20_finetune.ipynb #7db9f1e7
 class ShowProgress(TrainerCallback):
     "Tokens, rate and ETA on the terminal; with the loss beside them."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path) -> str | None:
             shutil.rmtree(path)
     return found
 
-# %% ../nbs/20_finetune.ipynb #03ab8537
+# %% ../nbs/20_finetune.ipynb #b138c8d6
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist, the band lies outside it, or the disk is too small."
     check_model(params)
@@ -141,10 +141,11 @@ def check(params: dict) -> None:
         raise ValueError(f"settings.ini: runs: {home} has {free / 1e9:.1f} GB free, this study needs about "
                          f"{need / 1e9:.1f} GB; free some space or set MFT_NB_RUNS to another disk")
 
+@checked
 def finetune(
-    study: str, model: str, seed: int, epochs: int, learning_rate: float, warmup: float, weight_decay: float,
-    batch_size: int, accumulate: int, max_tokens: int, max_grad_norm: float, checkpoint_every: int,
-    validate_every: int, recompute: bool,
+    study: StudyName, model: ModelName, seed: Seed, epochs: Count, learning_rate: Positive, warmup: NonNegative,
+    weight_decay: NonNegative, batch_size: Count, accumulate: Count, max_tokens: Count, max_grad_norm: Positive,
+    checkpoint_every: Count, validate_every: Count, recompute: bool,
 ) -> Path:
     "Full fine-tuning of all weights; returns runs/<study>/finetune/seed<seed>. Parameters as in the cell above."
     params, where, data = dict(locals()), pick_device(), finished(study, "data")
@@ -169,7 +170,7 @@ def finetune(
         return stage.finish(dict(examples=len(train), too_long=too_long, tokens=tokens, steps=trainer.state.global_step,
                                  resumed=before is not None, training_seconds=round(time.time() - begun, 1)))
 
-# %% ../nbs/20_finetune.ipynb #003f4375
+# %% ../nbs/20_finetune.ipynb #8b9f740a
 def make_trainer(
     net,  # the model
     rows: list[dict],  # encoded examples in the order of training

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', 'Seeds', 'OptionalFile', 'StudyName',
            'file_or_empty', 'folder_name', 'stage_notebooks', 'declared', 'all_parameters', 'check_parameters',
-           'read_study', 'check_study', 'check_folders', 'write_json', 'write_jsonl', 'read_json', 'read_jsonl',
-           'sha256', 'hash_of', 'versions', 'git_revision', 'peak_memory_gb', 'disk_full', 'Stage', 'code_of',
-           'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
+           'checked', 'read_study', 'check_study', 'write_json', 'write_jsonl', 'read_json', 'read_jsonl', 'sha256',
+           'hash_of', 'versions', 'git_revision', 'peak_memory_gb', 'disk_full', 'Stage', 'code_of', 'open_stage',
+           'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #eabefd2c
+# %% ../nbs/00_study.ipynb #a1d81130
 import ast
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import UTC, datetime
 from functools import cache
@@ -39,9 +39,9 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field
 from tqdm import tqdm
 
-from .settings import explain, project_root, settings
+from .settings import check_folders, explain, project_root, settings
 
-# %% ../nbs/00_study.ipynb #3247fbc2
+# %% ../nbs/00_study.ipynb #782d8b83
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -66,7 +66,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #422423c5
+# %% ../nbs/00_study.ipynb #286892a6
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -95,7 +95,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #e1cce2f6
+# %% ../nbs/00_study.ipynb #af4c7bc5
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -109,7 +109,19 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #9e2896e7
+# %% ../nbs/00_study.ipynb #1fb7967b
+def checked(stage_function):
+    "Check the arguments of a stage function against its annotations. Raises ValueError with argument, found, allowed."
+    strict = pydantic.validate_call(config=ConfigDict(strict=True))(stage_function)
+    @functools.wraps(stage_function)
+    def wrapper(*args, **kwargs):
+        try:
+            return strict(*args, **kwargs)
+        except pydantic.ValidationError as e:
+            raise ValueError(explain(e, f"arguments of {stage_function.__name__}")) from None
+    return wrapper
+
+# %% ../nbs/00_study.ipynb #0f87c9d9
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -138,7 +150,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #42e8e8be
+# %% ../nbs/00_study.ipynb #2d4a61d8
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -151,18 +163,7 @@ def check_study(path: str | Path) -> dict:
     check_folders()
     return params
 
-def check_folders() -> None:
-    "Runs, figures and cache can be written. Raises ValueError naming the folder and the setting."
-    for key in ("runs", "figures", "cache"):
-        folder = getattr(settings(), key)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(2**20))  # fails on a full disk
-        except OSError as e:
-            raise ValueError(f"settings.ini: {key}: found {folder}, which cannot be written ({e.strerror}); "
-                             f"set {key} in settings.ini or MFT_NB_{key.upper()} to a writable folder") from None
-
-# %% ../nbs/00_study.ipynb #f1f31026
+# %% ../nbs/00_study.ipynb #50d0a62b
 def write_json(path: Path, value: Any) -> None:
     "Write JSON so that a reader sees the old file or the new one, never half of it."
     path = Path(path)
@@ -194,7 +195,7 @@ def hash_of(value: Any) -> str:
     "Short hash of any JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_study.ipynb #e8d71528
+# %% ../nbs/00_study.ipynb #93febd4e
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
@@ -217,14 +218,14 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #fa83b283
+# %% ../nbs/00_study.ipynb #c6155770
 def disk_full(error: Exception, folder: Path) -> bool:
     "Whether an error means that there is no room left on the disk of a folder."
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     while not folder.exists(): folder = folder.parent
     return known or shutil.disk_usage(folder).free < 2**20
 
-# %% ../nbs/00_study.ipynb #6eca64bb
+# %% ../nbs/00_study.ipynb #34aa791b
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
@@ -307,7 +308,7 @@ class Stage:
         for name in ("spent.json", "identity.json"): (self.path / name).unlink(missing_ok=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #a9509356
+# %% ../nbs/00_study.ipynb #5115ad40
 def code_of(
     stage: str,  # name of a stage, which is the name of its module
 ) -> list[Path]:
@@ -340,7 +341,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #6fac8744
+# %% ../nbs/00_study.ipynb #461bcd9d
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -352,7 +353,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
 
-# %% ../nbs/00_study.ipynb #511b41b3
+# %% ../nbs/00_study.ipynb #c95bb2e4
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -367,7 +368,7 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #81d58913
+# %% ../nbs/00_study.ipynb #1c98db9b
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -379,7 +380,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #118795a2
+# %% ../nbs/00_study.ipynb #dae8acbf
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
