@@ -1,5 +1,6 @@
 """Speed and memory as ratios within one run (`make bench`). Machines are noisy: the two sides of every ratio take
 turns, and the median counts. About five minutes on two cores."""
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from mft_nb.mask import Mask, save_mask, top_k
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
 from mft_nb.sources import load_source
 
+os.environ.setdefault("MFT_NB_TERMINAL", os.devnull)  # the table is the output
 MODEL = "smollm2-135m-instruct"
 ROUNDS = 5
 
