@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MasterAdamW', 'training_order', 'ChatTrainer', 'ShowProgress', 'last_checkpoint', 'check', 'finetune', 'make_trainer']
 
-# %% ../nbs/20_finetune.ipynb #5dcc5f4b
+# %% ../nbs/20_finetune.ipynb #4b64d91f
 import json
 import shutil
 import time
@@ -24,7 +24,7 @@ from .model import Band, ModelName, check_model, load_model, load_tokenizer, n_w
 from .study import (Count, NonNegative, Positive, Seed, StudyName, checked, finished, open_stage, progress,
                           read_jsonl, seed_everything, settings, write_jsonl)
 
-# %% ../nbs/20_finetune.ipynb #4f7cc66e
+# %% ../nbs/20_finetune.ipynb #87ff70b4
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -57,7 +57,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/20_finetune.ipynb #b70a527f
+# %% ../nbs/20_finetune.ipynb #7fe2232c
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -77,7 +77,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/20_finetune.ipynb #2300cb9b
+# %% ../nbs/20_finetune.ipynb #f4682c54
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss` and a fixed order of examples."
     def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, **kw):
@@ -102,7 +102,7 @@ class ChatTrainer(Trainer):
             self.log(self.seen[1])
         return self.seen[1]
 
-# %% ../nbs/20_finetune.ipynb #7db9f1e7
+# %% ../nbs/20_finetune.ipynb #15aa2d57
 class ShowProgress(TrainerCallback):
     "Tokens, rate and ETA on the terminal; with the loss beside them."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path) -> str | None:
             shutil.rmtree(path)
     return found
 
-# %% ../nbs/20_finetune.ipynb #b138c8d6
+# %% ../nbs/20_finetune.ipynb #e21b766b
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist, the band lies outside it, or the disk is too small."
     check_model(params)
@@ -164,13 +164,14 @@ def finetune(
         trainer.train(resume_from_checkpoint=before)
         net.save_pretrained(stage.work / "checkpoint")
         tokenizer.save_pretrained(stage.work / "checkpoint")
-        for path in stage.work.glob("checkpoint-*"): shutil.rmtree(path)
-        write_jsonl(stage.work / "log.jsonl", trainer.state.log_history)
+        log = [dict(sorted(r.items())) for r in trainer.state.log_history if "train_runtime" not in r]
+        write_jsonl(stage.work / "log.jsonl", log)
         tokens = sum(len(train[i]["input_ids"]) for i in order)
         return stage.finish(dict(examples=len(train), too_long=too_long, tokens=tokens, steps=trainer.state.global_step,
-                                 resumed=before is not None, training_seconds=round(time.time() - begun, 1)))
+                                 resumed=before is not None, training_seconds=round(time.time() - begun, 1)),
+                            drop="checkpoint-*")
 
-# %% ../nbs/20_finetune.ipynb #8b9f740a
+# %% ../nbs/20_finetune.ipynb #e20fb2a2
 def make_trainer(
     net,  # the model
     rows: list[dict],  # encoded examples in the order of training
@@ -186,7 +187,7 @@ def make_trainer(
         gradient_accumulation_steps=p.accumulate, learning_rate=p.learning_rate, warmup_steps=p.warmup,
         weight_decay=p.weight_decay, max_grad_norm=p.max_grad_norm, lr_scheduler_type="linear", seed=p.seed,
         save_steps=p.checkpoint_every, save_total_limit=1, eval_strategy="steps", eval_steps=p.validate_every,
-        eval_on_start=True, logging_steps=1, disable_tqdm=True, report_to=settings().tracker,
+        eval_on_start=last_checkpoint(folder) is None, logging_steps=1, disable_tqdm=True, report_to=settings().tracker,
         use_cpu=where.kind == "cpu", activation_checkpointing=p.recompute, remove_unused_columns=False,
         dataloader_pin_memory=where.kind == "cuda")
     per_step = p.batch_size * p.accumulate

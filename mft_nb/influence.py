@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Methods', 'Method', 'band_gradients', 'save_sums', 'whole_gradient', 'scores_of', 'describe_scores',
            'from_layer', 'scan', 'holds_until', 'check', 'influence', 'make_masks', 'evenly', 'run_scan']
 
-# %% ../nbs/30_influence.ipynb #e442fbaf
+# %% ../nbs/30_influence.ipynb #c37873ce
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,10 +27,10 @@ from .device import Device, inference, pick_device
 from .loss import by_length, collate, example_losses, head_is_plain
 from .mask import Mask, budget, jaccard, masked, save_mask
 from .model import Band, ModelName, check_model, layers_of, load_model, load_tokenizer, maskable, resolve_band
-from .study import (Count, CountOrZero, Seed, Share, StudyName, checked, finished, open_stage, progress,
-                          read_jsonl, seed_everything, write_json)
+from .study import (Count, CountOrZero, Seed, Share, StudyName, checked, finished, no_repeats, open_stage,
+                          progress, read_jsonl, seed_everything, write_json)
 
-# %% ../nbs/30_influence.ipynb #294fedfe
+# %% ../nbs/30_influence.ipynb #b5a59629
 @dataclass(frozen=True)
 class Method:
     "How one method scores the weights of a matrix: the highest scores are zeroed."
@@ -45,9 +45,9 @@ METHODS = {
     "magnitude": Method("-|w|", "magnitude pruning, Han 2015", lambda w, g, _: -w.abs(), signed=False),
     "random": Method("uniform", "control", lambda w, g, r: torch.rand(w.shape, generator=r), signed=False),
 }
-Methods = Annotated[list[Literal[tuple(METHODS)]], Field(min_length=1)]
+Methods = Annotated[list[Literal[tuple(METHODS)]], Field(min_length=1), AfterValidator(no_repeats)]
 
-# %% ../nbs/30_influence.ipynb #0541c052
+# %% ../nbs/30_influence.ipynb #0cdb4959
 def band_gradients(
     model: nn.Module,
     weights: dict[str, nn.Parameter],  # from `maskable`
@@ -93,7 +93,7 @@ def whole_gradient(halves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n.removeprefix("even/"): (t * a + halves[n.replace("even/", "odd/", 1)] * b) / (a + b)
             for n, t in halves.items() if n.startswith("even/")}
 
-# %% ../nbs/30_influence.ipynb #a815a241
+# %% ../nbs/30_influence.ipynb #35b3fa63
 def scores_of(
     method: str,  # a key of METHODS
     weights: dict[str, torch.Tensor],
@@ -116,7 +116,7 @@ def describe_scores(scores: dict[str, torch.Tensor], halves: dict[str, torch.Ten
                          histogram=(counts / s.numel()).tolist()))
     return rows
 
-# %% ../nbs/30_influence.ipynb #c6dc080e
+# %% ../nbs/30_influence.ipynb #b7940e97
 @contextlib.contextmanager
 def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
     """Run only layers >= `first` on inputs seen before. Yields `at(key)`, a context manager: the first forward under
@@ -140,7 +140,7 @@ def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
                 for block in blocks[:first]: del block.forward
     yield at
 
-# %% ../nbs/30_influence.ipynb #7c1cd246
+# %% ../nbs/30_influence.ipynb #3376b288
 def scan(
     model: nn.Module,  # float32
     scores: dict[str, dict[str, torch.Tensor]],  # method -> matrix -> scores
@@ -177,7 +177,7 @@ def scan(
             update(rows)
     return rows
 
-# %% ../nbs/30_influence.ipynb #864342dd
+# %% ../nbs/30_influence.ipynb #92ae6fcf
 def holds_until(rows: pd.DataFrame) -> float:
     """Largest masked share up to which the first-order prediction lies within the 95% interval of the measured change,
     or within half of it; 0 when it never does. `rows`: one method of `scan`."""
@@ -187,7 +187,7 @@ def holds_until(rows: pd.DataFrame) -> float:
         held = r.share
     return held
 
-# %% ../nbs/30_influence.ipynb #2edc55cc
+# %% ../nbs/30_influence.ipynb #92b77eb6
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or the scan has no room."
     check_model(params)
@@ -233,7 +233,7 @@ def influence(
                                  layers=net.config.get_text_config().num_hidden_layers,
                                  band_weights=sum(g.numel() for g in gradient.values())))
 
-# %% ../nbs/30_influence.ipynb #0df54b31
+# %% ../nbs/30_influence.ipynb #eaaad389
 def make_masks(folder: Path, methods, weights, gradient, halves, keep, seed, about) -> dict:
     "Write masks/<method>.safetensors, scores.json and overlap.json; returns how many weights each mask zeroes."
     (folder / "masks").mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and datasets are imported: no test waits for a hub
 os.environ["MFT_NB_TERMINAL"] = os.devnull
+os.environ["OMP_NUM_THREADS"] = "1"  # the tiny model needs no more, and two test processes do not wait for each other
 for key in ("MFT_NB_RUNS", "MFT_NB_FIGURES", "MFT_NB_DEVICE", "MFT_NB_DTYPE"): os.environ.pop(key, None)
 
 import killing  # noqa: E402
