@@ -22,18 +22,18 @@ BIN    := .venv/bin
 	@touch $@
 
 study: .venv/ready  ## a whole study, from data to report
-	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host --config study=$(STUDY)
+	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY)
 	@$(BIN)/python -c "from mft_nb.settings import settings; s = settings(); \
 	  print('report: ', s.runs / '$(STUDY)/report/report.html'); print('figures:', s.figures / '$(STUDY)')"
 
 publish: .venv/ready  ## a masked checkpoint with its card: make publish STUDY=laptop VARIANT=sci
-	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host --config study=$(STUDY) -- \
+	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY) -- \
 	  "$$($(BIN)/python -c "from mft_nb.settings import settings; \
 	  print(settings().runs / '$(STUDY)/apply_mask/$(VARIANT)-seed$(SEED)/manifest.json')")"
 
 test: .venv/ready check  ## lint, the smoke study, every notebook, every test
-	$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet all --config study=smoke
-	MFT_NB_TERMINAL=/dev/null $(BIN)/nbdev-test --n_workers $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=smoke
+	OMP_NUM_THREADS=1 MFT_NB_TERMINAL=/dev/null $(BIN)/nbdev-test --n_workers $(JOBS)
 	$(BIN)/python -m pytest
 
 check: .venv/ready  ## ruff; notebooks and modules in step; notebooks clean; README made from its notebook

@@ -1,0 +1,209 @@
+"Compare, figures and report on made-up studies: what no single notebook can show."
+import json
+import re
+import shutil
+
+import made_up
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from mft_nb import report
+from mft_nb.compare import compare, crossed_test, holm, mcnemar_p, mcnemar_power, outcomes, tango
+from mft_nb.report import write_report
+from mft_nb.study import read_jsonl, write_jsonl
+from mft_nb.wording import answer
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_NB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("MFT_NB_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(report, "load_humaneval", lambda: [
+        dict(task_id=f"HumanEval/{i}", prompt="def f():\n    'What?'\n") for i in range(164)])
+    return tmp_path / "runs"
+
+
+def make(runs, seeds=(0,), methods=made_up.METHODS, draws=500, **kw):
+    made_up.make_study(runs, seeds=seeds, methods=methods, **kw)
+    return compare("made-up", list(seeds), list(methods), draws)
+
+
+def read(folder, name): return pd.read_csv(folder / name, dtype=dict(seed=str))
+
+
+def row(tests, variant, instrument, against="fft", seed="all"):
+    found = tests.query("variant == @variant and instrument == @instrument and against == @against and seed == @seed")
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def values(runs, variant, key, seed=0, name="problems"):
+    return np.array([r[key] for r in read_jsonl(runs / f"made-up/evaluate/{variant}-seed{seed}/{name}.jsonl")])
+
+
+def test_one_run_agrees_with_other_implementations(runs):
+    tests = read(make(runs, draws=20_000, examples=150, problems=164), "tests.csv")
+    d = values(runs, "taylor", "loss", name="losses") - values(runs, "fft", "loss", name="losses")
+    ours, student = row(tests, "taylor", "validation_loss"), stats.ttest_1samp(d, 0)
+    assert ours.difference == pytest.approx(d.mean())
+    assert [ours.low, ours.high] == pytest.approx(list(student.confidence_interval()), abs=2e-4)
+    assert ours.covers == "examples"
+    mine, fft = values(runs, "magnitude", "base"), values(runs, "fft", "base")
+    gained, lost = (mine & ~fft).sum(), (fft & ~mine).sum()
+    ours = row(tests, "magnitude", "pass_at_1")
+    assert (ours.gained, ours.lost) == (gained, lost) and gained + lost > 0
+    table = [[(mine & fft).sum(), lost], [gained, (~mine & ~fft).sum()]]
+    assert ours.p == pytest.approx(mcnemar(table, exact=True).pvalue)
+
+
+def test_holm_counts_the_masks_and_not_the_base(runs):
+    tests = read(make(runs), "tests.csv").query("instrument == 'pass_at_1' and seed == 'all'")
+    masks = tests.query("against == 'fft' and variant != 'base'")
+    order = np.argsort(masks.p.to_numpy())
+    expected = np.minimum(np.maximum.accumulate(masks.p.to_numpy()[order] * np.arange(4, 0, -1)), 1)
+    assert masks.p_holm.to_numpy()[order] == pytest.approx(expected)
+    base = tests.query("variant == 'base'").iloc[0]
+    assert base.p_holm == base.p
+    assert set(tests.query("against == 'random'").variant) == {"sci", "taylor", "magnitude"}
+
+
+def test_holm_is_monotone_and_never_below_p():
+    for seed in range(50):
+        p = np.random.default_rng(seed).uniform(size=5)
+        adjusted = np.array(holm(p.tolist()))
+        assert (adjusted >= p).all() and (np.diff(adjusted[np.argsort(p)]) >= -1e-12).all()
+
+
+def test_several_seeds_are_pooled_with_seed_and_example_random(runs):
+    folder = make(runs, seeds=(0, 1, 5), plus=True)
+    tests, table = read(folder, "tests.csv"), read(folder, "table.csv")
+    pooled = row(tests, "sci", "validation_loss")
+    single = [row(tests, "sci", "validation_loss", seed=s).difference for s in ("0", "1", "5")]
+    assert pooled.difference == pytest.approx(np.mean(single)) and pooled.covers == "seeds and examples"
+    assert set(tests.instrument) == {"validation_loss", "reference_loss", "pass_at_1", "pass_at_1_plus"}
+    base = table.query("variant == 'base' and instrument == 'validation_loss'")
+    assert list(base.seed) == ["all"]  # evaluated once: it has no fine-tuning seed
+
+
+def test_crossed_variance_agrees_with_a_simulation():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        d = .05 * rng.normal(size=(4, 1)) + .3 * rng.normal(size=40) + .2 * rng.normal(size=(4, 40))
+        found.append((d.mean(), crossed_test(d)[3]))
+    means, errors = np.array(found).T
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=.06)
+
+
+def test_power_agrees_with_counting_every_outcome():
+    n, net, flips = 14, 4, 6  # all (gained, lost) of 14 problems
+    gain, loss = (flips + net) / 2 / n, (flips - net) / 2 / n
+    power = sum(stats.multinomial.pmf([g, k, n - g - k], n, [gain, loss, 1 - gain - loss])
+                for g in range(n + 1) for k in range(n + 1 - g) if mcnemar_p(g, k) <= .05)
+    assert mcnemar_power(net, flips, n) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("gained,lost,n", [(0, 0, 164), (5, 5, 164), (164, 0, 164), (0, 20, 20), (1, 0, 4), (3, 9, 99)])
+def test_tango_is_symmetric_contains_the_estimate_and_stays_in_range(gained, lost, n):
+    low, high = tango(gained, lost, n)
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    assert tango(lost, gained, n) == pytest.approx((-high, -low), abs=1e-6)
+
+
+def test_tango_covers():
+    rng, n = np.random.default_rng(0), 164
+    flips = rng.multinomial(n, [.06, .03, .91], size=1500)
+    inside = [low <= .03 <= high for low, high in (tango(int(g), int(k), n) for g, k, _ in flips)]
+    assert .93 < np.mean(inside) < .975
+
+
+def test_variants_measured_on_other_items_are_refused(runs):
+    make(runs)
+    path = runs / "made-up/evaluate/sci-seed0/problems.jsonl"
+    write_jsonl(path, read_jsonl(path)[:-1])
+    with pytest.raises(ValueError, match="not measured on the same items"):
+        outcomes("made-up", ["fft", "sci"], [0])
+
+
+def test_a_mask_that_changes_nothing_is_no_difference(runs):
+    made_up.make_study(runs)
+    for name in ("losses", "problems"):
+        folder = runs / "made-up/evaluate"
+        shutil.copy(folder / f"fft-seed0/{name}.jsonl", folder / f"sci-seed0/{name}.jsonl")
+    tests = read(compare("made-up", [0], made_up.METHODS, 200), "tests.csv")
+    found = tests.query("variant == 'sci' and against == 'fft'")
+    assert (found.difference == 0).all() and (found.p == 1).all()
+    flat = row(tests, "sci", "pass_at_1")
+    assert flat.low < 0 < flat.high  # no flip in 20 problems is no proof of equality
+    assert "made no detectable difference" in answer(tests, "sci", "5%")
+
+
+def test_one_problem_and_one_method_are_enough(runs):
+    make(runs, methods=["sci"], examples=2, problems=1)
+    text = (write_report("made-up", [0], ["sci"]) / "report.md").read_text()
+    assert "no interval" in text and "Against a random mask" not in text
+
+
+@pytest.fixture
+def page(runs):
+    make(runs, seeds=(0, 1))
+    return write_report("made-up", [0, 1], made_up.METHODS)
+
+
+def test_the_report_is_whole(page, runs):
+    text, html = ((page / f"report.{kind}").read_text() for kind in ("md", "html"))
+    for section in ("Question", "Answer", "The words", "Results", "Is the score telling the truth?",
+                    "Where the masks fall", "Programs", "Beside what others published", "What was really used",
+                    "How it ran"):
+        assert section in text and section in html
+    for said in ("Q4_1", "19-21", "20-23 of 32", "31.7", "15.5", "evalplus", "bfloat16 instructions", "0123456789ab",
+                 "2 fine-tuning runs", "limit as",
+                 "Passed", "Failed", "Flipped"):
+        assert said in text, said
+    assert not re.search(r"\bnan\b", text) and "Tiny random model" not in text
+
+
+def test_the_html_stands_alone_and_model_text_cannot_break_out(page):
+    html = (page / "report.html").read_text()
+    assert html.count("data:image/png;base64") == len(list(page.glob("*.png"))) == 8
+    assert "<script" not in html and "src=\"http" not in html and "&lt;script&gt;" in html
+
+
+def test_figures_are_committed_small_and_without_the_html(page, runs):
+    target = runs.parent / "figures/made-up"
+    names = {p.name for p in target.iterdir()}
+    assert {"report.md", "table.md", "table.csv", "tests.csv", "flips.csv", "forest.png", "forest.svg"} <= names
+    assert "report.html" not in names and sum(p.stat().st_size for p in target.iterdir()) < 3e6
+    assert "FFT + sci mask" in (target / "table.md").read_text()
+
+
+def test_a_second_report_is_the_same_to_the_byte(page, runs):
+    before = {p.name: p.read_bytes() for p in page.iterdir() if p.name != "manifest.json"}
+    shutil.rmtree(page)
+    again = write_report("made-up", [0, 1], made_up.METHODS)
+    assert {p.name: p.read_bytes() for p in again.iterdir() if p.name != "manifest.json"} == before
+
+
+def test_the_smoke_model_is_called_no_result(runs):
+    make(runs, model="tiny")
+    page = write_report("made-up", [0], made_up.METHODS)
+    for name in ("report.md", "report.html", "table.md"):
+        assert "Tiny random model: no result" in (page / name).read_text()
+
+
+def test_a_missing_stage_is_named(runs):
+    make(runs)
+    shutil.rmtree(runs / "made-up/influence/seed0")
+    with pytest.raises(FileNotFoundError, match="influence/seed0"): write_report("made-up", [0], made_up.METHODS)
+
+
+def test_fewer_positive_scores_than_asked_are_told(runs):
+    make(runs)
+    path = runs / "made-up/influence/seed0/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["metrics"]["masked"]["sci"] = 7
+    path.write_text(json.dumps(manifest))
+    text = (write_report("made-up", [0], made_up.METHODS) / "report.md").read_text()
+    assert "sci zeroes only 7, because fewer scores are positive" in text
