@@ -7,7 +7,7 @@ __all__ = ['INSTRUMENTS', 'ALPHA', 'POWER', 'Instrument', 'wilson', 'mcnemar_p',
            'bootstrap_mean', 'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'outcomes', 'values_of',
            'value_row', 'difference_row', 'runs_of', 'all_values', 'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #5a2cb3c8
+# %% ../nbs/60_compare.ipynb #8f1addbc
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from .influence import Methods
 from .study import Count, Seeds, StudyName, finished, open_stage, read_jsonl
 
-# %% ../nbs/60_compare.ipynb #236ebf10
+# %% ../nbs/60_compare.ipynb #3b9f8278
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -39,18 +38,18 @@ INSTRUMENTS = {
 }
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #673fe66c
+# %% ../nbs/60_compare.ipynb #f9c3d9a9
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #d7db7add
+# %% ../nbs/60_compare.ipynb #1dc95c39
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #7ea5dcff
+# %% ../nbs/60_compare.ipynb #1738fac1
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -63,7 +62,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #f9d5fde1
+# %% ../nbs/60_compare.ipynb #263e3a86
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -83,7 +82,7 @@ def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
     return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #958f36df
+# %% ../nbs/60_compare.ipynb #e30a376c
 def bootstrap_mean(
     values: np.ndarray,  # one per example
     draws: int,
@@ -100,7 +99,7 @@ def bootstrap_mean(
     return float(interval.low), float(interval.high), float(min(1, 2 * (tail + 1) / (draws + 1))), float(values.std(
         ddof=1) / len(values) ** .5)
 
-# %% ../nbs/60_compare.ipynb #224bef04
+# %% ../nbs/60_compare.ipynb #5405d8ff
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -121,17 +120,20 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #0dccc4f9
+# %% ../nbs/60_compare.ipynb #a166e465
 def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
     "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
     return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
 
-# %% ../nbs/60_compare.ipynb #896dedfc
+# %% ../nbs/60_compare.ipynb #54fcb8ff
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
-    return multipletests(p, method="holm")[1].tolist() if len(p) else []
+    p, order = np.asarray(p, float), np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted.tolist()
 
-# %% ../nbs/60_compare.ipynb #baf76075
+# %% ../nbs/60_compare.ipynb #cc5532dc
 def outcomes(
     study: str,
     variants: list[str],
@@ -163,7 +165,7 @@ def values_of(found: pd.DataFrame, instrument: str, variant: str, seeds: list[in
     wide = part.pivot(index="seed", columns="item", values="value")
     return wide.loc[list(seeds) if variant != "base" else [wide.index[0]] * len(seeds)].to_numpy()
 
-# %% ../nbs/60_compare.ipynb #625ef050
+# %% ../nbs/60_compare.ipynb #5a10e3da
 def value_row(values: np.ndarray, binary: bool, draws: int) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table."
     S, n = values.shape
@@ -196,7 +198,7 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #81c5d3e3
+# %% ../nbs/60_compare.ipynb #3941eac2
 def runs_of(seeds: list[int]) -> list[tuple[str, list[int]]]:
     "What is reported: each run on its own when there are several, and `all` of them together."
     return [*((str(s), [s]) for s in seeds if len(seeds) > 1), ("all", seeds)]
@@ -239,7 +241,7 @@ def all_flips(found: pd.DataFrame, variants: list[str], seeds: list[int]) -> pd.
                  for r in mine.itertuples() if r.value != fft[r.item]]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip"])
 
-# %% ../nbs/60_compare.ipynb #68f7757b
+# %% ../nbs/60_compare.ipynb #0d4f285b
 def compare(study: str, seeds: list[int], methods: list[str], bootstrap_draws: int) -> Path:
     "Compare all variants of a study; returns runs/<study>/compare. Parameters as in the cell above."
     params, variants = dict(locals()), ["base", "fft", *methods]

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'OTHERS', 'STYLE', 'colour', 'label', 'styled', 'save_figu
            'symlog_ticks', 'flip_strip', 'scan_plot', 'places', 'score_distributions', 'block_density', 'mask_map',
            'top_tenth', 'mask_concentration', 'expected_jaccard', 'overlap_map', 'training_curve']
 
-# %% ../nbs/65_figures.ipynb #e09bb688
+# %% ../nbs/65_figures.ipynb #feb6fecd
 import zlib
 from functools import wraps
 from pathlib import Path
@@ -24,7 +24,7 @@ from .compare import ALPHA, INSTRUMENTS
 from .influence import holds_until
 from .mask import Mask
 
-# %% ../nbs/65_figures.ipynb #19033076
+# %% ../nbs/65_figures.ipynb #e5456515
 COLOURS = dict(base="#949494", fft="#000000", sci="#0173b2", taylor="#de8f05", magnitude="#029e73", random="#cc78bc")
 OTHERS = ["#d55e00", "#ca9161", "#56b4e9", "#fbafe4", "#ece133"]
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -46,7 +46,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #08dc5b5d
+# %% ../nbs/65_figures.ipynb #d9b0fb19
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #2d09e92a
+# %% ../nbs/65_figures.ipynb #447359c4
 @styled
 def forest(
     tests: pd.DataFrame,  # tests.csv of `compare`
@@ -67,7 +67,7 @@ def forest(
     mine = tests[(tests.against == "fft") & (tests.variant != "base")]
     variants = list(variants) or list(dict.fromkeys(mine.variant))
     names = [i for i in INSTRUMENTS if (mine.instrument == i).any()]
-    size = 1.2 + 2.9 * len(names), 1.3 + .42 * len(variants)
+    size = 1.2 + 2.9 * len(names), 1.8 + .38 * len(variants)
     figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         part, unit = mine[mine.instrument == name], INSTRUMENTS[name]
@@ -78,8 +78,8 @@ def forest(
             ax.plot(r.difference * unit.scale, y, "o", ms=7, color=colour(variant),
                     mfc=colour(variant) if r.p_holm < ALPHA else "white")
             ax.plot(runs.difference * unit.scale, [y - .25] * len(runs), ".", ms=4, color=colour(variant), alpha=.7)
-            ax.annotate(f"{r.difference * unit.scale:+.2g}", (r.difference * unit.scale, y), (0, 6), ha="center",
-                        textcoords="offset points", fontsize=7.5)
+            ax.annotate(f"{r.difference * unit.scale:+.2g}".replace("-", "−"), (r.difference * unit.scale, y), (0, 6),
+                        textcoords="offset points", ha="center", fontsize=7.5)
         ax.axvline(0, color="0.5", lw=.8, zorder=0)
         spread_out(ax, part[part.seed == "all"], unit.scale)
         ax.margins(x=.12)
@@ -111,7 +111,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #7d324071
+# %% ../nbs/65_figures.ipynb #ac95871b
 @styled
 def flip_strip(
     flips: pd.DataFrame,  # flips.csv of `compare`
@@ -121,18 +121,17 @@ def flip_strip(
 ) -> Figure:
     "Problems gained and lost against fft, one row per variant, over those that fft solves."
     number = {task: i for i, task in enumerate(solved.index)}
-    figure, ax = plt.subplots(figsize=(8.4, 1.3 + .38 * len(variants)))
+    figure, ax = plt.subplots(figsize=(8.4, 1.4 + .38 * len(variants)))
     has = solved[solved > 0]
-    ax.scatter([number[t] for t in has.index], [len(variants)] * len(has), marker="|", s=70, c="black",
-               alpha=has.to_numpy().clip(.25, 1))
-    ticks = [f"solved by FFT: {has.sum():.3g}"]
+    ax.scatter([number[t] for t in has.index], [len(variants)] * len(has), marker="|", s=70,
+               c=[(0, 0, 0, max(.25, x)) for x in has])
+    runs, ticks = max(1, flips.seed.nunique()), [f"solved by FFT: {has.sum():.3g}"]
     for y, variant in zip(range(len(variants) - 1, -1, -1), variants, strict=True):
         mine = flips[flips.variant == variant]
         for kind, mark, tint in (("gained", "^", "#0173b2"), ("lost", "v", "#d55e00")):
             at = mine[mine.flip == kind].groupby("task_id").size()
             ax.scatter([number[t] for t in at.index], [y + (.12 if mark == "^" else -.12)] * len(at), marker=mark,
                        s=18 + 8 * at, c=tint, alpha=.85, lw=0, label=kind if variant == variants[0] else None)
-        runs = max(1, flips.seed.nunique())
         gained, lost = ((mine.flip == k).sum() / runs for k in ("gained", "lost"))
         ticks.append(f"{label(variant)}: +{gained:.3g}, −{lost:.3g}")
     ax.set(yticks=range(len(variants), -1, -1), yticklabels=ticks, xlim=(-2, len(solved) + 1),
@@ -142,7 +141,7 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.3)
     return figure
 
-# %% ../nbs/65_figures.ipynb #378d9966
+# %% ../nbs/65_figures.ipynb #05f5825c
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -175,7 +174,7 @@ def scan_plot(
                     f"{len(scans)} seed{'s' * (len(scans) > 1)})", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #29dfc4d1
+# %% ../nbs/65_figures.ipynb #b4bbf5ee
 def places(names) -> pd.DataFrame:
     "Layer and role of weight matrices, from their names in the checkpoint; index: the names."
     rows = []
@@ -219,7 +218,7 @@ def score_distributions(
                     x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #0745ea9a
+# %% ../nbs/65_figures.ipynb #f4c08a39
 def block_density(
     mask: torch.Tensor,  # bool (outputs, inputs)
     blocks: int = 24,  # at most this many on each side, of 8 lines or more
@@ -256,7 +255,7 @@ def mask_map(mask: Mask, method: str, study: str, seed: int) -> Figure:
                     "across: inputs)", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #01a901e6
+# %% ../nbs/65_figures.ipynb #6d86f712
 def top_tenth(counts: np.ndarray) -> float:
     "Share of the total that the largest tenth of the counts (at least one) holds; NaN when there is none."
     k = max(1, round(len(counts) / 10))
@@ -267,7 +266,7 @@ def mask_concentration(masks: dict[str, Mask], study: str, seed: int) -> Figure:
     "Heat maps: share of each mask in the most-hit tenth of the rows and of the columns of each matrix."
     where = places(next(iter(masks.values())).masked)
     names = [f"{p.layer} {p.role}" for p in where.itertuples()]
-    figure, axes = plt.subplots(1, 2, figsize=(1.6 + 1.7 * len(masks), 1.5 + .17 * len(names)), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(3.6 + 1.2 * len(masks), 1.5 + .17 * len(names)), sharey=True)
     for ax, axis, what in ((axes[0], 1, "rows (outputs)"), (axes[1], 0, "columns (inputs)")):
         table = pd.DataFrame({m: [100 * top_tenth(mask.masked[n].sum(axis).numpy()) for n in where.index]
                               for m, mask in masks.items()}, index=names)
@@ -278,7 +277,7 @@ def mask_concentration(masks: dict[str, Mask], study: str, seed: int) -> Figure:
     figure.suptitle(f"{study}, seed {seed}: is a mask spread out (10%) or concentrated?", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #f2339484
+# %% ../nbs/65_figures.ipynb #e47715e3
 def expected_jaccard(a: Mask, b: Mask) -> float:
     "Jaccard similarity of independent masks with the same counts in each matrix (ratio of expectations)."
     pairs = [(int(m.sum()), int(b.masked[n].sum()), m.numel()) for n, m in a.masked.items()]
@@ -303,7 +302,7 @@ def overlap_map(
     ax.tick_params(length=0)
     return figure
 
-# %% ../nbs/65_figures.ipynb #234337c9
+# %% ../nbs/65_figures.ipynb #8641c1db
 @styled
 def training_curve(
     logs: dict[int, pd.DataFrame],  # seed -> log of the Trainer: step, loss, eval_loss

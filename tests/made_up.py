@@ -9,7 +9,8 @@ from mft_nb.mask import Mask, jaccard, save_mask
 from mft_nb.study import write_json, write_jsonl
 
 METHODS = ["sci", "taylor", "magnitude", "random"]
-SHAPES = {"self_attn.q_proj": (48, 48), "self_attn.o_proj": (48, 48), "mlp.up_proj": (96, 48), "mlp.down_proj": (48, 96)}
+SHAPES = {"self_attn.q_proj": (48, 48), "self_attn.o_proj": (48, 48), "mlp.up_proj": (96, 48),
+          "mlp.down_proj": (48, 96)}
 
 
 def manifest(folder, stage, params, **facts):
@@ -56,7 +57,8 @@ def make_influence(folder, study, seed, methods, layers, model):
                   for i in band for n, s in SHAPES.items()} for m in methods}
     masks = {m: Mask.from_scores(s, .95, method=m) for m, s in scores.items()}
     asked = sum(round(s.numel() * .05) for s in scores[methods[0]].values())
-    manifest(folder, f"seed{seed}", dict(model=model, band="20-23 of 32", keep=.95, methods=methods, seed=seed), metrics=dict(
+    params = dict(model=model, band="20-23 of 32", keep=.95, methods=methods, seed=seed)
+    manifest(folder, f"seed{seed}", params, metrics=dict(
         masked={m: mask.count() for m, mask in masks.items()}, asked=asked, study=study, model=model, layers=30,
         band=f"{band[0]}-{band[-1]}", seed=seed, examples=20, too_long=0, matrices=len(scores[methods[0]]),
         band_weights=masks[methods[0]].numel()))
@@ -69,8 +71,8 @@ def make_influence(folder, study, seed, methods, layers, model):
     write_json(folder / "overlap.json", [dict(a=a, b=b, jaccard=jaccard(masks[a], masks[b]))
                                          for a in masks for b in masks])
     shares = np.geomspace(1e-6, .05, 6)
-    scan = [dict(method=m, share=s, masked=max(1, int(s * 9e6)), predicted=-2 * s ** .8, measured=-2 * s ** .8 + 90 * s * s,
-                 se=.02 * s ** .5, n=24) for m in methods[:2] for s in shares]
+    scan = [dict(method=m, share=s, masked=max(1, int(s * 9e6)), predicted=-2 * s ** .8,
+                 measured=-2 * s ** .8 + 90 * s * s, se=.02 * s ** .5, n=24) for m in methods[:2] for s in shares]
     pd.DataFrame(scan).to_csv(folder / "scan.csv", index=False)
 
 
@@ -81,10 +83,11 @@ def make_evaluation(folder, variant, seed, effect, ease, hard, tasks, plus, rng)
     manifest(folder, folder.name, dict(variant=variant, seed=seed, dtype="torch.float32"), metrics=dict(
         corrections={"HumanEval/32": "evalplus fails every solution"}, examples=len(losses), problems=len(tasks),
         cut=1, tokens=999), sandbox=["net", "pid", "limit as"])
+    code = f"def f():\n    return '{variant}'"
     write_jsonl(folder / "losses.jsonl", [dict(example=i, loss=x) for i, x in enumerate(losses.tolist())])
     write_jsonl(folder / "problems.jsonl", [
-        dict(task_id=t, completion=f"```python\ndef f():\n    return '{variant}'\n```", code=f"def f():\n    return '{variant}'",
-             tokens=50, cut=False, reference_loss=r, passed=p, base=p, plus=bool(p and rng.random() < .8) if plus else None,
+        dict(task_id=t, completion=f"```python\n{code}\n```", code=code, tokens=50, cut=False, reference_loss=r,
+             passed=p, base=p, plus=bool(p and rng.random() < .8) if plus else None,
              status="ok" if p else "wrong", reason="" if p else "1 | 2 <script>alert(1)</script>", seconds=.1)
         for t, r, p in zip(tasks, reference.tolist(), passed.tolist(), strict=True)])
 
