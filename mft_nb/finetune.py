@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MasterAdamW', 'training_order', 'ChatTrainer', 'ShowProgress', 'last_checkpoint', 'check', 'finetune', 'make_trainer']
 
-# %% ../nbs/20_finetune.ipynb #4b64d91f
+# %% ../nbs/20_finetune.ipynb #85c4052c
 import json
 import shutil
 import time
@@ -20,11 +20,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .chat import encode_rows
 from .device import Device, pick_device
 from .loss import collate, evaluate_losses, head_is_plain, label_losses
-from .model import Band, ModelName, check_model, load_model, load_tokenizer, n_weights
+from .model import ModelName, check_model, load_model, load_tokenizer, n_weights
 from .study import (Count, NonNegative, Positive, Seed, StudyName, checked, finished, open_stage, progress,
                           read_jsonl, seed_everything, settings, write_jsonl)
 
-# %% ../nbs/20_finetune.ipynb #87ff70b4
+# %% ../nbs/20_finetune.ipynb #b9ae5d50
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -57,7 +57,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/20_finetune.ipynb #7fe2232c
+# %% ../nbs/20_finetune.ipynb #99457e35
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -77,7 +77,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/20_finetune.ipynb #f4682c54
+# %% ../nbs/20_finetune.ipynb #3c6d3c14
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss` and a fixed order of examples."
     def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, **kw):
@@ -102,7 +102,7 @@ class ChatTrainer(Trainer):
             self.log(self.seen[1])
         return self.seen[1]
 
-# %% ../nbs/20_finetune.ipynb #15aa2d57
+# %% ../nbs/20_finetune.ipynb #b2fcacc8
 class ShowProgress(TrainerCallback):
     "Tokens, rate and ETA on the terminal; with the loss beside them."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path) -> str | None:
             shutil.rmtree(path)
     return found
 
-# %% ../nbs/20_finetune.ipynb #e21b766b
+# %% ../nbs/20_finetune.ipynb #160dd02f
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist, the band lies outside it, or the disk is too small."
     check_model(params)
@@ -171,7 +171,7 @@ def finetune(
                                  resumed=before is not None, training_seconds=round(time.time() - begun, 1)),
                             drop="checkpoint-*")
 
-# %% ../nbs/20_finetune.ipynb #e20fb2a2
+# %% ../nbs/20_finetune.ipynb #30b54f54
 def make_trainer(
     net,  # the model
     rows: list[dict],  # encoded examples in the order of training
