@@ -7,7 +7,7 @@ __all__ = ['INSTRUMENTS', 'ALPHA', 'POWER', 'Instrument', 'wilson', 'mcnemar_p',
            'bootstrap_mean', 'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'outcomes', 'values_of',
            'value_row', 'difference_row', 'runs_of', 'all_values', 'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #7ac3c12a
+# %% ../nbs/60_compare.ipynb #13735d5c
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 from .influence import Methods
 from .study import Count, Seeds, StudyName, finished, open_stage, read_jsonl
 
-# %% ../nbs/60_compare.ipynb #3ecac8ca
+# %% ../nbs/60_compare.ipynb #106ba2f8
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -38,18 +38,18 @@ INSTRUMENTS = {
 }
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #67b99e1b
+# %% ../nbs/60_compare.ipynb #b3906339
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #549de931
+# %% ../nbs/60_compare.ipynb #7f7fcc83
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #3dad76f8
+# %% ../nbs/60_compare.ipynb #af3cf875
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -62,7 +62,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #e71739ba
+# %% ../nbs/60_compare.ipynb #bf13a998
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -82,7 +82,7 @@ def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
     return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #953618b6
+# %% ../nbs/60_compare.ipynb #eab402ff
 def bootstrap_mean(
     values: np.ndarray,  # one per example
     draws: int,
@@ -100,7 +100,7 @@ def bootstrap_mean(
     p = min(1., 2 * stats.t.cdf(stats.norm.ppf(min(tail, .5)) / wider, n - 1))
     return float(low), float(high), float(p), float(values.std(ddof=1) / n**.5)
 
-# %% ../nbs/60_compare.ipynb #b2b73fe5
+# %% ../nbs/60_compare.ipynb #241323b9
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -121,12 +121,12 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #d07e089e
+# %% ../nbs/60_compare.ipynb #5fbf86ce
 def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
     "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
     return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
 
-# %% ../nbs/60_compare.ipynb #1e5c4a46
+# %% ../nbs/60_compare.ipynb #c2130ce1
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
     p, order = np.asarray(p, float), np.argsort(p, kind="stable")
@@ -134,7 +134,7 @@ def holm(p: list[float]) -> list[float]:
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted.tolist()
 
-# %% ../nbs/60_compare.ipynb #0d9b1659
+# %% ../nbs/60_compare.ipynb #913cccbc
 def outcomes(
     study: str,
     variants: list[str],
@@ -166,7 +166,7 @@ def values_of(found: pd.DataFrame, instrument: str, variant: str, seeds: list[in
     wide = part.pivot(index="seed", columns="item", values="value")
     return wide.loc[list(seeds) if variant != "base" else [wide.index[0]] * len(seeds)].to_numpy()
 
-# %% ../nbs/60_compare.ipynb #a5cfe40b
+# %% ../nbs/60_compare.ipynb #495d2456
 def value_row(values: np.ndarray, binary: bool, draws: int) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table."
     S, n = values.shape
@@ -199,7 +199,7 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #56497f4a
+# %% ../nbs/60_compare.ipynb #250c6eb8
 def runs_of(seeds: list[int]) -> list[tuple[str, list[int]]]:
     "What is reported: each run on its own when there are several, and `all` of them together."
     return [*((str(s), [s]) for s in seeds if len(seeds) > 1), ("all", seeds)]
@@ -242,7 +242,7 @@ def all_flips(found: pd.DataFrame, variants: list[str], seeds: list[int]) -> pd.
                  for r in mine.itertuples() if r.value != fft[r.item]]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip"])
 
-# %% ../nbs/60_compare.ipynb #7c56c229
+# %% ../nbs/60_compare.ipynb #a8e459e1
 def compare(study: str, seeds: list[int], methods: list[str], bootstrap_draws: int) -> Path:
     "Compare all variants of a study; returns runs/<study>/compare. Parameters as in the cell above."
     params, variants = dict(locals()), ["base", "fft", *methods]
