@@ -8,7 +8,7 @@ __all__ = ['TINY', 'PUBLISHED', 'CSS', 'SECTIONS', 'gather', 'layers_in_words', 
            'where_they_fall', 'fenced', 'sample', 'pick_samples', 'programs', 'beside_published', 'origin',
            'really_used', 'duration', 'how_it_ran', 'draw', 'to_html', 'split_pictures', 'write_report', 'publish']
 
-# %% ../nbs/70_report.ipynb #ae13f616
+# %% ../nbs/70_report.ipynb #36b79731
 import html
 import re
 import shutil
@@ -31,7 +31,7 @@ from .model import EMBEDDED
 from .study import Seeds, StudyName, finished, open_stage, read_json, read_jsonl, settings
 from .wording import answer, beside_chance, fine_tuning, listed, measured, rows_against, verdict
 
-# %% ../nbs/70_report.ipynb #af999b9a
+# %% ../nbs/70_report.ipynb #77624e2a
 def gather(study: str, seeds: list[int], methods: list[str]) -> SimpleNamespace:
     "Everything the report says or draws, read from the folders of the finished stages."
     f = SimpleNamespace(study=study, seeds=seeds, methods=methods, focus="sci" if "sci" in methods else methods[0])
@@ -66,7 +66,7 @@ def share_masked(f, method: str) -> str:
     facts = f.influence["metrics"]
     return f"{100 * facts['masked'][method] / facts['band_weights']:.2g}%"
 
-# %% ../nbs/70_report.ipynb #029e4721
+# %% ../nbs/70_report.ipynb #d5fc99fd
 TINY = ("**Tiny random model: no result.** This is the smoke study: it runs every step on a model of random weights in "
         "seconds, to show that the machinery works. Its numbers mean nothing.")
 
@@ -99,7 +99,7 @@ def method_in_words(method: str) -> str:
     return f"*{method}* ({m.source}) " + ("zeroes weights drawn at random" if m.formula == "uniform" else
                                           f"zeroes the highest `{m.formula}`")
 
-# %% ../nbs/70_report.ipynb #a592beff
+# %% ../nbs/70_report.ipynb #06995878
 def value_cell(row) -> str:
     "A value with its 95% interval: losses with three decimals, shares in percent."
     scale, digits = (100, 1) if INSTRUMENTS[row.instrument].binary else (1, 3)
@@ -150,10 +150,10 @@ def results(f) -> str:
         "### Every test",
         "The exact McNemar test for pass or fail of one run, a paired bootstrap for the losses of one run "
         f"({f.manifests['compare']['params']['bootstrap_draws']:,} draws, which limits how small its p can be), and "
-        "seeds and items as crossed random effects for several runs. *Won / lost* counts problems that only one of the two "
-        "solves.", tests_table(f)])
+        "seeds and items as crossed random effects for several runs. *Won / lost* counts problems that only one of "
+        "the two solves.", tests_table(f)])
 
-# %% ../nbs/70_report.ipynb #6f354cb8
+# %% ../nbs/70_report.ipynb #5e0ec11c
 def scan_line(method: str, scans: dict[int, pd.DataFrame]) -> str:
     "How far first-order theory carries for one method, and what it promises and delivers at the budget."
     mine = {s: scan[scan.method == method].sort_values("share") for s, scan in scans.items()}
@@ -185,7 +185,7 @@ def truth(f) -> str:
                         f"**{agree.mean():.1%}** of the weights (from {agree.min():.1%} to {agree.max():.1%} by "
                         "matrix; a coin would give 50%).", "![Distribution of the scores by matrix](scores.png)"])
 
-# %% ../nbs/70_report.ipynb #49d40bb6
+# %% ../nbs/70_report.ipynb #197a0a6f
 def budget_table(f) -> str:
     "Weights zeroed in each matrix: every layer of the band has the same shapes."
     mask = f.masks[f.focus]
@@ -217,7 +217,7 @@ def where_they_fall(f) -> str:
            "number zeroed by either; in brackets what independent masks would give.",
            "![Overlap of the masks](overlap.png)"] if len(f.methods) > 1 else [])])
 
-# %% ../nbs/70_report.ipynb #1a25e136
+# %% ../nbs/70_report.ipynb #ae38ffe0
 def fenced(text: str, language: str = "") -> str:
     "A code block that nothing in `text` can close."
     longest = max(map(len, re.findall(r"`+", text)), default=0)
@@ -258,7 +258,7 @@ def programs(f) -> str:
                   *(sample(f, v, task) for v in ("fft", f.focus))]
     return "\n\n".join(parts)
 
-# %% ../nbs/70_report.ipynb #02c24b77
+# %% ../nbs/70_report.ipynb #48a97e0e
 PUBLISHED = [  # source, model, what, HumanEval pass@1 of FFT, with the mask or baseline
     ("MFT paper (arXiv 2503.22764)", "LLaMA2-7B", "learned mask (MFT), 10% of layers 20-23", "29.3", "31.7"),
     ("README of the MFT code", "LLaMA2-7B", "the same", "29.9", "33.5"),
@@ -281,7 +281,7 @@ def beside_published(f) -> str:
         "For single weights, the SCI replication found that the sign of the score agrees with the measured change of "
         "loss in 51.5% of the cases, with a correlation of −0.056."])
 
-# %% ../nbs/70_report.ipynb #239f62be
+# %% ../nbs/70_report.ipynb #2b4f37a7
 def origin(model: str) -> str:
     "Where the weights of a model are from."
     if model == "tiny": return "random weights, built in process"
@@ -309,7 +309,7 @@ def really_used(f) -> str:
         f"the answers only. Validation loss went from {curve.eval_loss.iloc[0]:.3f} to {curve.eval_loss.iloc[-1]:.3f} "
         f"(seed {f.seeds[0]}).", "![Training and validation loss over the steps](training.png)"])
 
-# %% ../nbs/70_report.ipynb #aa7320bf
+# %% ../nbs/70_report.ipynb #db039f80
 def duration(seconds: float) -> str:
     "12 s, 3 min 20 s, 2 h 5 min."
     s = round(seconds)
@@ -335,7 +335,7 @@ def how_it_ran(f) -> str:
         "*+changes* means that the working tree differed from that commit. The executed notebook of every stage is in "
         f"`runs/{f.study}/notebooks/`."])
 
-# %% ../nbs/70_report.ipynb #83ab466b
+# %% ../nbs/70_report.ipynb #4a4031ae
 def draw(f, folder: Path) -> None:
     "All figures of the report, as PNG and SVG."
     seed = f.seeds[0]
@@ -354,7 +354,7 @@ def draw(f, folder: Path) -> None:
         save(figures.overlap_map(f.overlap, expected, f.study), "overlap")
     save(figures.training_curve(f.logs, f.study), "training")
 
-# %% ../nbs/70_report.ipynb #8453e082
+# %% ../nbs/70_report.ipynb #6d634cdb
 CSS = """
 body {font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem}
 h1 {font-size: 1.7rem; line-height: 1.25} h2 {margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem}
@@ -382,7 +382,7 @@ def split_pictures(text: str) -> list[tuple[str, str]]:
     pieces = re.split(r"(?m)^!\[[^\]]*\]\(([^)]+)\)$", text)
     return [("picture" if i % 2 else "text", p) for i, p in enumerate(pieces) if p.strip()]
 
-# %% ../nbs/70_report.ipynb #848f9b35
+# %% ../nbs/70_report.ipynb #da960236
 SECTIONS = (opening, results, truth, where_they_fall, programs, beside_published, really_used, how_it_ran)
 
 def write_report(study: str, seeds: list[int], methods: list[str]) -> Path:
