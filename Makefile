@@ -29,7 +29,7 @@ study: .venv/ready  ## a whole study, from data to report
 publish: .venv/ready  ## a masked checkpoint with its card: make publish STUDY=laptop VARIANT=sci
 	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY) -- \
 	  "$$($(BIN)/python -c "from mft_nb.settings import settings; \
-	  print(settings().runs / '$(STUDY)/apply_mask/$(VARIANT)-seed$(SEED)/manifest.json')")"
+	  print(settings().runs / '$(STUDY)/apply_mask/$(VARIANT)-seed$(SEED)/.done')")"
 
 test: .venv/ready check  ## lint, the smoke study, every notebook, every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=smoke

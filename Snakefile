@@ -35,11 +35,14 @@ def run(notebook, name, *given):
     passed = " ".join(f"-p {key} {{wildcards.{key}}}" for key in given)
     out = RUNS / "notebooks" / f"{name}.ipynb"
     return (f"mkdir -p '{out.parent}' && {sys.executable} -m papermill nbs/{notebook}.ipynb '{out}' -f {FILE} {passed} "
-            "-k python3 --no-progress-bar --log-level ERROR")
+            "-k python3 --no-progress-bar --log-level ERROR && cp \"$(dirname {output:q})/manifest.json\" {output:q}")
 
 
 def done(stage):
-    return RUNS / stage / "manifest.json"
+    """Snakemake's stamp of a stage, a copy of its manifest made when the whole notebook has run. Snakemake removes what
+    it calls output before a job and after a failed one; so that must never be a file of the stage itself. It is no
+    empty file, because Snakemake compares inputs by content."""
+    return RUNS / stage / ".done"
 
 
 def source_of(wildcards):
@@ -52,13 +55,20 @@ wildcard_constraints:
     seed=r"\d+",
 
 
+EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
+             *(done(f"evaluate/{v}-seed{s}") for s in SEEDS for v in ("fft", *MASKED))]
+
+
+# every stage by name: a missing stamp below a report that is older would not count as missing
 rule all:
-    input: done("report")
+    input:
+        done("data"), [done(f"{stage}/seed{s}") for stage in ("finetune", "influence") for s in SEEDS], EVALUATED,
+        done("compare"), done("report"),
 
 
 rule data:
     input: code_of("data")
-    output: update(done("data"))
+    output: done("data")
     params: parameters("10_data")
     threads: workflow.cores
     message: "prepare data"
@@ -67,7 +77,7 @@ rule data:
 
 rule finetune:
     input: done("data"), code_of("finetune")
-    output: update(done("finetune/seed{seed}"))
+    output: done("finetune/seed{seed}")
     params: parameters("20_finetune")
     threads: workflow.cores
     message: "full fine-tuning, seed {wildcards.seed}"
@@ -76,7 +86,7 @@ rule finetune:
 
 rule influence:
     input: done("data"), done("finetune/seed{seed}"), code_of("influence")
-    output: update(done("influence/seed{seed}"))
+    output: done("influence/seed{seed}")
     params: parameters("30_influence")
     threads: workflow.cores
     message: "influence scores and masks, seed {wildcards.seed}"
@@ -85,7 +95,7 @@ rule influence:
 
 rule apply_mask:
     input: done("influence/seed{seed}"), code_of("apply_mask")
-    output: update(done("apply_mask/{variant}-seed{seed}"))
+    output: done("apply_mask/{variant}-seed{seed}")
     params: parameters("40_apply_mask")
     message: "masked checkpoint of {wildcards.variant}, seed {wildcards.seed}"
     shell: run("40_apply_mask", "apply_mask-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
@@ -93,20 +103,16 @@ rule apply_mask:
 
 rule evaluate:
     input: source_of, done("data"), code_of("evaluate")
-    output: update(done("evaluate/{variant}-seed{seed}"))
+    output: done("evaluate/{variant}-seed{seed}")
     params: parameters("50_evaluate")
     threads: workflow.cores
     message: "evaluate {wildcards.variant}, seed {wildcards.seed}"
     shell: run("50_evaluate", "evaluate-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
 
 
-EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
-             *(done(f"evaluate/{v}-seed{s}") for s in SEEDS for v in ("fft", *MASKED))]
-
-
 rule compare:
     input: EVALUATED, code_of("compare")
-    output: update(done("compare"))
+    output: done("compare")
     params: parameters("60_compare")
     message: "compare the variants"
     shell: run("60_compare", "compare")
@@ -114,7 +120,7 @@ rule compare:
 
 rule report:
     input: done("compare"), code_of("report")
-    output: update(done("report"))
+    output: done("report")
     params: parameters("70_report")
     message: "write the report"
     shell: run("70_report", "report")

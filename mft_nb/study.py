@@ -9,7 +9,7 @@ __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', '
            'read_jsonl', 'sha256', 'hash_of', 'versions', 'git_revision', 'peak_memory_gb', 'disk_full', 'Stage',
            'code_of', 'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #25f36c61
+# %% ../nbs/00_study.ipynb #2bcef743
 import ast
 import contextlib
 import errno
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from .settings import check_folders, explain, project_root, settings
 
-# %% ../nbs/00_study.ipynb #42d7d346
+# %% ../nbs/00_study.ipynb #426f31e8
 def no_repeats(items: list) -> list:
     "A list in which nothing stands twice."
     if twice := sorted({i for i in items if items.count(i) > 1}): raise ValueError(f"{twice[0]!r} stands there twice")
@@ -72,7 +72,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #9b92c030
+# %% ../nbs/00_study.ipynb #49692f3a
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -101,7 +101,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #abbb8b07
+# %% ../nbs/00_study.ipynb #0d2efb43
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -115,7 +115,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #f79d045b
+# %% ../nbs/00_study.ipynb #ba04ccbc
 def checked(stage_function):
     "Check the arguments of a stage function against its annotations. Raises ValueError with argument, found, allowed."
     strict = pydantic.validate_call(config=ConfigDict(strict=True))(stage_function)
@@ -127,7 +127,7 @@ def checked(stage_function):
             raise ValueError(explain(e, f"arguments of {stage_function.__name__}")) from None
     return wrapper
 
-# %% ../nbs/00_study.ipynb #25ad5ff8
+# %% ../nbs/00_study.ipynb #aba133bb
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -158,7 +158,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #ba9bff3a
+# %% ../nbs/00_study.ipynb #58676bec
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -171,7 +171,7 @@ def check_study(path: str | Path) -> dict:
             raise ValueError(f"{Path(path).name}: {e}") from None
     return params
 
-# %% ../nbs/00_study.ipynb #3e787242
+# %% ../nbs/00_study.ipynb #171464bb
 def write_whole(path: Path, text: str) -> None:
     "Write a file so that a reader sees the old one or the new one, never half of it."
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
@@ -202,7 +202,7 @@ def hash_of(value: Any) -> str:
     "Short hash of any JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_study.ipynb #4de530e7
+# %% ../nbs/00_study.ipynb #c3e59886
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
@@ -225,14 +225,14 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #a8dfbf0b
+# %% ../nbs/00_study.ipynb #6d417ebf
 def disk_full(error: Exception, folder: Path) -> bool:
     "Whether an error means that there is no room left on the disk of a folder."
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     while not folder.exists(): folder = folder.parent
     return known or shutil.disk_usage(folder).free < 2**20
 
-# %% ../nbs/00_study.ipynb #4ba8599c
+# %% ../nbs/00_study.ipynb #6e449e15
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
@@ -321,7 +321,7 @@ class Stage:
         shutil.rmtree(self.old, ignore_errors=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #d64e3c12
+# %% ../nbs/00_study.ipynb #4ec9f0df
 def code_of(
     stage: str,  # name of a stage, which is the name of its module
 ) -> list[Path]:
@@ -354,7 +354,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #320fc789
+# %% ../nbs/00_study.ipynb #d9527410
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -366,7 +366,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
 
-# %% ../nbs/00_study.ipynb #e81ee10d
+# %% ../nbs/00_study.ipynb #f669e442
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -381,19 +381,19 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #e1c87738
+# %% ../nbs/00_study.ipynb #c63ef037
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
     if study != "smoke" or not missing: return
     print(f"making {', '.join(missing)} of the smoke study first")
-    targets = [str(settings().runs / study / n / "manifest.json") for n in missing]
+    targets = [str(settings().runs / study / n / ".done") for n in missing]  # Snakemake's stamps
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
     run = subprocess.run([sys.executable, "-m", "snakemake", "-j1", "--nolock", "--quiet", "all", "--config",
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #c92bf598
+# %% ../nbs/00_study.ipynb #08d640bd
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:

@@ -94,6 +94,16 @@ def test_a_stage_that_is_missing_says_how_to_make_it():
     with pytest.raises(FileNotFoundError, match="make study STUDY=s"): finished("s", "finetune/seed0")
 
 
+def test_an_empty_folder_is_no_finished_stage():
+    "Snakemake makes the folder of its stamp before the stage starts."
+    (home() / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError): finished("s", "a")
+    assert make("a", dict(x=1)) == "made" and make("a", dict(x=1)) == "kept"
+    (home() / "a" / ".done").write_text("a stamp of Snakemake")
+    assert make("a", dict(x=1)) == "kept" and (home() / "a" / ".done").exists()
+    assert make("a", dict(x=2)) == "made" and not (home() / "a" / ".done").exists()
+
+
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 def append_alone(folder, number):
@@ -163,7 +173,7 @@ def write_stage(folder, version, kill_at):
 def whole(folder):
     "The version of a finished folder, after checking that it is all there."
     manifest = read_json(folder / "manifest.json")
-    assert {p.name for p in folder.iterdir()} - {"manifest.json", "identity.json", "spent.json"} == \
+    assert {p.name for p in folder.iterdir()} - {"manifest.json"} == \
         manifest["outputs"].keys() == {"one.json", "two.json", "three.jsonl"}
     assert all(sha256(folder / n) == h for n, h in manifest["outputs"].items())
     return manifest["metrics"]["version"]
