@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Device', 'fast_dtype', 'available', 'pick_device', 'inference']
 
-# %% ../nbs/01_device.ipynb #19c4986c
+# %% ../nbs/01_device.ipynb #ed1da8ca
 import contextlib
 import importlib.util
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 
 from .study import peak_memory_gb, settings
 
-# %% ../nbs/01_device.ipynb #a2cf0798
+# %% ../nbs/01_device.ipynb #29bfabd7
 @dataclass(frozen=True)
 class Device:
     "A device, the dtype of the weights on it, and the reason for that dtype."
@@ -45,7 +45,7 @@ class Device:
         name = torch.cuda.get_device_name() if self.kind == "cuda" else self.kind
         return f"{name}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
-# %% ../nbs/01_device.ipynb #f177a158
+# %% ../nbs/01_device.ipynb #234a07c8
 def fast_dtype(kind: str) -> tuple[torch.dtype, str]:
     "The faster of float32 and bfloat16 on a kind of device, and why."
     if kind == "cpu":
@@ -64,7 +64,7 @@ def _xla_dtype() -> tuple[torch.dtype, str]:
     if xr.device_type() == "TPU": return torch.bfloat16, "the TPU's matrix units take bfloat16"
     return torch.float32, f"XLA runs on {xr.device_type()}"
 
-# %% ../nbs/01_device.ipynb #d85606a9
+# %% ../nbs/01_device.ipynb #ebbe0c0d
 def available() -> list[str]:
     "Kinds of device on this machine, the fastest first."
     found = []
@@ -87,7 +87,7 @@ def pick_device(
     if dtype != "auto": chosen, why = getattr(torch, dtype), "asked for in the settings"
     return Device(kind, chosen, why)
 
-# %% ../nbs/01_device.ipynb #8caa133e
+# %% ../nbs/01_device.ipynb #796c14a9
 @contextlib.contextmanager
 def inference(model):
     "Evaluate without gradients and dropout, then restore the model's mode."
