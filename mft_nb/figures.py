@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'OTHERS', 'STYLE', 'colour', 'label', 'styled', 'save_figure', 'forest', 'runs_in_words', 'spread_out',
-           'symlog_ticks', 'flip_strip', 'scan_plot', 'places', 'score_distributions', 'block_density', 'mask_map',
-           'top_tenth', 'mask_concentration', 'expected_jaccard', 'overlap_map', 'training_curve']
+           'symlog_ticks', 'flip_strip', 'scan_plot', 'against_prediction', 'from_zero', 'places',
+           'score_distributions', 'block_density', 'mask_map', 'top_tenth', 'mask_concentration', 'expected_jaccard',
+           'overlap_map', 'training_curve']
 
-# %% ../nbs/65_figures.ipynb #feb6fecd
+# %% ../nbs/65_figures.ipynb #9d7e07d0
 import zlib
 from functools import wraps
 from pathlib import Path
@@ -24,7 +25,7 @@ from .compare import ALPHA, INSTRUMENTS
 from .influence import holds_until
 from .mask import Mask
 
-# %% ../nbs/65_figures.ipynb #e5456515
+# %% ../nbs/65_figures.ipynb #694fda85
 COLOURS = dict(base="#949494", fft="#000000", sci="#0173b2", taylor="#de8f05", magnitude="#029e73", random="#cc78bc")
 OTHERS = ["#d55e00", "#ca9161", "#56b4e9", "#fbafe4", "#ece133"]
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -46,7 +47,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #d9b0fb19
+# %% ../nbs/65_figures.ipynb #6316f254
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #447359c4
+# %% ../nbs/65_figures.ipynb #e80ee553
 @styled
 def forest(
     tests: pd.DataFrame,  # tests.csv of `compare`
@@ -84,7 +85,8 @@ def forest(
         spread_out(ax, part[part.seed == "all"], unit.scale)
         ax.margins(x=.12)
         left, right = ("better", "worse") if unit.better < 0 else ("worse", "better")
-        ax.set(xlabel=f"change, {unit.unit}\n← {left}   |   {right} →", ylim=(-.6, len(variants) - .3),
+        scale = " (log. away from 0)" * (ax.get_xscale() == "symlog")
+        ax.set(xlabel=f"change, {unit.unit}{scale}\n← {left}   |   {right} →", ylim=(-.6, len(variants) - .3),
                title=f"{unit.name} (n = {part.n.iloc[0]})", yticks=range(len(variants)),
                yticklabels=[label(v) for v in reversed(variants)])
     seeds = max(1, mine[mine.seed != "all"].seed.nunique())
@@ -111,7 +113,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #ac95871b
+# %% ../nbs/65_figures.ipynb #4962e21d
 @styled
 def flip_strip(
     flips: pd.DataFrame,  # flips.csv of `compare`
@@ -141,40 +143,56 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.3)
     return figure
 
-# %% ../nbs/65_figures.ipynb #05f5825c
+# %% ../nbs/65_figures.ipynb #ddf9b556
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
+    steps: dict[int, pd.DataFrame],  # seed -> steps.csv
     study: str,
 ) -> Figure:
-    "Predicted and measured change of the loss over the masked share."
+    "Predicted and measured change of the loss over the masked share, and over the way to zero."
     methods = list(dict.fromkeys(m for s in scans.values() for m in s.method))
-    figure, axes = plt.subplots(1, len(methods), figsize=(1 + 3.7 * len(methods), 3.3), sharey=True, squeeze=False)
-    every = pd.concat(scans.values())
-    small = np.abs(every[["predicted", "measured"]].to_numpy())
-    unit = float(f"{max(small[small > 0].min(initial=1.), small.max() * 1e-5):.0e}")
-    for ax, method in zip(axes[0], methods, strict=True):
-        for first, r in [(s == min(scans), scan[scan.method == method]) for s, scan in scans.items()]:
-            ax.plot(r.share, r.predicted, "--", color="0.45", lw=1.2, label="first-order prediction" if first else None)
-            ax.errorbar(r.share, r.measured, 1.96 * r.se, fmt="o-", ms=4, lw=1.2, capsize=2.5, color=colour(method),
-                        label="measured, 95% interval" if first else None)
-            if (held := holds_until(r)): ax.axvline(held, color=colour(method), ls=":", lw=1)
-        held = [holds_until(scan[scan.method == method]) for scan in scans.values()]
-        ax.axhline(0, color="0.8", lw=.8, zorder=0)
-        ax.set(xscale="log", xlabel="share of the band's weights that is zeroed",
-               title=f"{method}: " + (f"first order holds up to {min(held):.1g}" if min(held) else "never holds"))
-        ax.set_yscale("symlog", linthresh=unit)
-        ax.set_yticks(symlog_ticks(unit * 3, every[["predicted", "measured"]].min().min(),
-                                   every[["predicted", "measured"]].max().max(), 4))
-        ax.minorticks_off()
-        ax.grid(axis="y", color="0.93", lw=.6)
-    axes[0][0].set_ylabel("change of validation loss,\nnats per token")
+    figure, axes = plt.subplots(2, len(methods), figsize=(1 + 3.7 * len(methods), 5.6), sharey="row", squeeze=False)
+    largest = next(iter(steps.values())).share.max()
+    for row, tables, axis, what in (
+            (axes[0], scans, "share", "share of the band's weights that is zeroed"),
+            (axes[1], steps, "step", f"way to zero, for {100 * largest:.2g}% of the weights")):
+        for ax, method in zip(row, methods, strict=True):
+            mine = {s: t[t.method == method].sort_values(axis) for s, t in tables.items()}
+            held = min(map(holds_until, mine.values()))
+            against_prediction(ax, mine, axis, colour(method))
+            title = f"first order holds up to {100 * held:.2g}%" if held else "first order never holds"
+            ax.set(xscale="log", xlabel=what, title=f"{method}: {title}")
+        from_zero(row, pd.concat(tables.values()))
+        row[0].set_ylabel("change of validation loss,\nnats per token")
     axes[0][0].legend(loc="best")
-    figure.suptitle(f"{study}: what the score predicts and what happens ({int(every.n.max())} validation examples, "
-                    f"{len(scans)} seed{'s' * (len(scans) > 1)})", x=.01, ha="left")
+    n, runs = int(next(iter(scans.values())).n.max()), len(scans)
+    figure.suptitle(f"{study}: what the score predicts and what happens ({n} validation examples, {runs} "
+                    f"seed{'s' * (runs > 1)})", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #b4bbf5ee
+def against_prediction(ax, tables: dict[int, pd.DataFrame], axis: str, tint: str) -> None:
+    "Lines of prediction and measurement, one pair for each seed."
+    for i, r in enumerate(tables.values()):
+        ax.plot(r[axis], r.predicted, "--", color="0.45", lw=1.2, label=None if i else "first-order prediction")
+        ax.errorbar(r[axis], r.measured, 1.96 * r.se, fmt="o-", ms=4, lw=1.2, capsize=2.5, color=tint,
+                    label=None if i else "measured, 95% interval")
+        if (held := holds_until(r)): ax.axvline(held, color=tint, ls=":", lw=1)
+    ax.axhline(0, color="0.8", lw=.8, zorder=0)
+    ax.grid(axis="y", color="0.93", lw=.6)
+
+def from_zero(axes, every: pd.DataFrame) -> None:
+    "A y axis that is linear up to the smallest change and logarithmic from there."
+    both = every[["predicted", "measured"]].to_numpy()
+    small = np.abs(both)
+    unit = float(f"{max(small[small > 0].min(initial=1.), small.max() * 1e-4):.0e}")
+    for ax in axes:
+        ax.set_yscale("symlog", linthresh=unit)
+        ax.set_yticks(symlog_ticks(unit * 3, both.min(), both.max(), 4))
+        ax.set_ylim(min(0, both.min() * 2), max(unit, both.max() * 2))
+        ax.minorticks_off()
+
+# %% ../nbs/65_figures.ipynb #7b75aee4
 def places(names) -> pd.DataFrame:
     "Layer and role of weight matrices, from their names in the checkpoint; index: the names."
     rows = []
@@ -206,8 +224,8 @@ def score_distributions(
         shown = ax.imshow(np.where(image > 0, image, np.nan), aspect="auto", extent=(-6.1, 6.1, len(names) - .5, -.5),
                           norm=LogNorm(1e-6, 1), cmap="cividis", interpolation="nearest")
         ax.axvline(0, color="white", lw=.6)
-        ax.set(xlabel="score, standard deviations\nof its matrix", yticks=range(len(names)), yticklabels=names,
-               title=f"{method}: {part.positive.mean():.1%} positive")
+        ax.set(xlabel="score, standard deviations of\nits matrix (ends: and beyond)",
+               yticks=range(len(names)), yticklabels=names, title=f"{method}: {part.positive.mean():.1%} positive")
         ax.tick_params(axis="y", labelsize=7)
     figure.colorbar(shown, ax=axes[:-1], label="share of weights", shrink=.7, pad=.02)
     agree = scores.drop_duplicates("matrix").set_index("matrix").loc[where.index].halves_agree
@@ -218,7 +236,7 @@ def score_distributions(
                     x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #f4c08a39
+# %% ../nbs/65_figures.ipynb #a874d056
 def block_density(
     mask: torch.Tensor,  # bool (outputs, inputs)
     blocks: int = 24,  # at most this many on each side, of 8 lines or more
@@ -255,7 +273,7 @@ def mask_map(mask: Mask, method: str, study: str, seed: int) -> Figure:
                     "across: inputs)", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #6d86f712
+# %% ../nbs/65_figures.ipynb #4b5037d9
 def top_tenth(counts: np.ndarray) -> float:
     "Share of the total that the largest tenth of the counts (at least one) holds; NaN when there is none."
     k = max(1, round(len(counts) / 10))
@@ -277,7 +295,7 @@ def mask_concentration(masks: dict[str, Mask], study: str, seed: int) -> Figure:
     figure.suptitle(f"{study}, seed {seed}: is a mask spread out (10%) or concentrated?", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #e47715e3
+# %% ../nbs/65_figures.ipynb #1e0b0280
 def expected_jaccard(a: Mask, b: Mask) -> float:
     "Jaccard similarity of independent masks with the same counts in each matrix (ratio of expectations)."
     pairs = [(int(m.sum()), int(b.masked[n].sum()), m.numel()) for n, m in a.masked.items()]
@@ -302,7 +320,7 @@ def overlap_map(
     ax.tick_params(length=0)
     return figure
 
-# %% ../nbs/65_figures.ipynb #8641c1db
+# %% ../nbs/65_figures.ipynb #10a5384f
 @styled
 def training_curve(
     logs: dict[int, pd.DataFrame],  # seed -> log of the Trainer: step, loss, eval_loss

@@ -6,7 +6,7 @@
 __all__ = ['budget', 'top_k', 'Mask', 'save_mask', 'load_mask', 'load_official', 'save_official', 'apply_mask', 'masked',
            'jaccard']
 
-# %% ../nbs/03_mask.ipynb #a68f6519
+# %% ../nbs/03_mask.ipynb #f38f2645
 import contextlib
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #0a03c8a9
+# %% ../nbs/03_mask.ipynb #dd60cac6
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -42,7 +42,7 @@ def top_k(
     chosen[ties[: k - int(chosen.sum())]] = True
     return chosen.view(scores.shape)
 
-# %% ../nbs/03_mask.ipynb #d592683e
+# %% ../nbs/03_mask.ipynb #1f311289
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -87,7 +87,7 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #b88c3a27
+# %% ../nbs/03_mask.ipynb #76a35198
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -108,7 +108,7 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #4b70d0c1
+# %% ../nbs/03_mask.ipynb #2e06e0cc
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept). Raises ValueError unless it holds only 0/1 tensors."
     kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -121,7 +121,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #e04be7bd
+# %% ../nbs/03_mask.ipynb #de626d22
 def apply_mask(model: nn.Module, mask: Mask) -> None:
     "Zero the masked weights of a model in place. Raises ValueError when names or shapes do not fit."
     weights = dict(model.named_parameters())
@@ -133,8 +133,12 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
         for name, m in mask.masked.items(): weights[name].masked_fill_(m.to(weights[name].device), 0)
 
 @contextlib.contextmanager
-def masked(model: nn.Module, mask: Mask | None) -> Iterator[nn.Module]:
-    "The model with the mask applied inside the block, restored to the bit after it. `None` changes nothing."
+def masked(
+    model: nn.Module,
+    mask: Mask | None,  # None changes nothing
+    scale: float = 0.,  # what the masked weights are multiplied with: 0 is the mask, 0.9 a tenth of the way to it
+) -> Iterator[nn.Module]:
+    "The model with the mask applied inside the block, restored to the bit after it."
     if mask is None:
         yield model
         return
@@ -142,13 +146,16 @@ def masked(model: nn.Module, mask: Mask | None) -> Iterator[nn.Module]:
     chosen = {n: m.to(weights[n].device) for n, m in mask.masked.items() if n in weights}
     before = {n: weights[n].detach()[m] for n, m in chosen.items()}
     apply_mask(model, mask)
+    if scale:
+        with torch.no_grad():
+            for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n] * scale)
     try:
         yield model
     finally:
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #ce5c8118
+# %% ../nbs/03_mask.ipynb #c6a036f7
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TINY', 'PUBLISHED', 'CSS', 'SECTIONS', 'gather', 'layers_in_words', 'share_masked', 'opening', 'method_in_words',
-           'value_cell', 'change_cell', 'results_table', 'tests_table', 'results', 'scan_line', 'truth', 'budget_table',
-           'where_they_fall', 'fenced', 'sample', 'pick_samples', 'programs', 'beside_published', 'origin',
-           'really_used', 'duration', 'how_it_ran', 'draw', 'to_html', 'split_pictures', 'write_report', 'publish']
+           'value_cell', 'change_cell', 'results_table', 'tests_table', 'results', 'scan_line', 'step_line', 'truth',
+           'budget_table', 'where_they_fall', 'fenced', 'sample', 'pick_samples', 'programs', 'beside_published',
+           'origin', 'really_used', 'duration', 'how_it_ran', 'draw', 'to_html', 'split_pictures', 'write_report',
+           'publish']
 
-# %% ../nbs/70_report.ipynb #36b79731
+# %% ../nbs/70_report.ipynb #33ddf082
 import html
 import re
 import shutil
@@ -31,7 +32,7 @@ from .model import EMBEDDED
 from .study import Seeds, StudyName, finished, open_stage, read_json, read_jsonl, settings
 from .wording import answer, beside_chance, fine_tuning, listed, measured, rows_against, verdict
 
-# %% ../nbs/70_report.ipynb #77624e2a
+# %% ../nbs/70_report.ipynb #c3c0bbf5
 def gather(study: str, seeds: list[int], methods: list[str]) -> SimpleNamespace:
     "Everything the report says or draws, read from the folders of the finished stages."
     f = SimpleNamespace(study=study, seeds=seeds, methods=methods, focus="sci" if "sci" in methods else methods[0])
@@ -47,7 +48,8 @@ def gather(study: str, seeds: list[int], methods: list[str]) -> SimpleNamespace:
     f.problems = {run: read_jsonl(folder("evaluate/{}-seed{}".format(*run)) / "problems.jsonl") for run in runs}
     f.logs = {s: pd.DataFrame(read_jsonl(folder(f"finetune/seed{s}") / "log.jsonl")) for s in seeds}
     influence = {s: folder(f"influence/seed{s}") for s in seeds}
-    f.scans = {s: pd.read_csv(p / "scan.csv") for s, p in influence.items() if (p / "scan.csv").exists()}
+    f.scans, f.steps = ({s: pd.read_csv(p / name) for s, p in influence.items() if (p / name).exists()}
+                        for name in ("scan.csv", "steps.csv"))
     f.scores = {s: pd.DataFrame(read_json(p / "scores.json")) for s, p in influence.items()}
     f.overlap = pd.concat(pd.DataFrame(read_json(p / "overlap.json")) for p in influence.values())
     f.masks = {m: load_mask(influence[seeds[0]] / f"masks/{m}.safetensors") for m in methods}
@@ -66,7 +68,7 @@ def share_masked(f, method: str) -> str:
     facts = f.influence["metrics"]
     return f"{100 * facts['masked'][method] / facts['band_weights']:.2g}%"
 
-# %% ../nbs/70_report.ipynb #d5fc99fd
+# %% ../nbs/70_report.ipynb #d8e7d315
 TINY = ("**Tiny random model: no result.** This is the smoke study: it runs every step on a model of random weights in "
         "seconds, to show that the machinery works. Its numbers mean nothing.")
 
@@ -99,7 +101,7 @@ def method_in_words(method: str) -> str:
     return f"*{method}* ({m.source}) " + ("zeroes weights drawn at random" if m.formula == "uniform" else
                                           f"zeroes the highest `{m.formula}`")
 
-# %% ../nbs/70_report.ipynb #06995878
+# %% ../nbs/70_report.ipynb #fe72d657
 def value_cell(row) -> str:
     "A value with its 95% interval: losses with three decimals, shares in percent."
     scale, digits = (100, 1) if INSTRUMENTS[row.instrument].binary else (1, 3)
@@ -153,18 +155,33 @@ def results(f) -> str:
         "seeds and items as crossed random effects for several runs. *Won / lost* counts problems that only one of "
         "the two solves.", tests_table(f)])
 
-# %% ../nbs/70_report.ipynb #5e0ec11c
-def scan_line(method: str, scans: dict[int, pd.DataFrame]) -> str:
+# %% ../nbs/70_report.ipynb #97bdc2ad
+def scan_line(
+    method: str,
+    scan: pd.DataFrame,  # sets of growing size, zeroed: scan.csv
+    steps: pd.DataFrame,  # the largest set, a part of the way to zero: steps.csv
+) -> str:
     "How far first-order theory carries for one method, and what it promises and delivers at the budget."
-    mine = {s: scan[scan.method == method].sort_values("share") for s, scan in scans.items()}
-    held = min(holds_until(scan) for scan in mine.values())
-    last = next(iter(mine.values())).iloc[-1]
-    reached = next(iter(mine.values())).query("share <= @held")
-    until = (f"holds up to {100 * held:.2g}% of the band's weights ({int(reached.masked.iloc[-1]):,} of them)" if held
-             else "does not hold even for the smallest set that was tried")
-    return (f"- **{method}**: the first-order prediction {until}. At {100 * last.share:.2g}% it promised "
-            f"{measured('validation_loss', last.predicted, True)}; measured was "
-            f"{measured('validation_loss', last.measured, True)} (± {1.96 * last.se:.2g}).")
+    scan, held = scan[scan.method == method].sort_values("share"), holds_until(scan[scan.method == method])
+    last, loss = scan.iloc[-1], "validation_loss"
+    until = (f"holds up to {100 * held:.2g}% of the band ({scan[scan.share <= held].masked.max():,.0f} weights)"
+             if held else f"does not hold even for the smallest set ({scan.masked.min():,.0f} weights)")
+    return (f"- **{method}**: when weights are zeroed, the prediction {until}. For {100 * last.share:.2g}% it promised "
+            f"{measured(loss, last.predicted, True)}; measured was {measured(loss, last.measured, True)} "
+            f"(± {1.96 * last.se:.2g}). {step_line(steps[steps.method == method])}")
+
+def step_line(rows: pd.DataFrame) -> str:
+    "Whether the score is wrong, or the step to zero too large; `rows`: one method of steps.csv."
+    held, first = holds_until(rows), f"The same {100 * rows.share.max():.2g}%, moved only a part of the way to zero,"
+    if held >= 1: return f"{first} follow the prediction all the way."
+    if not held:
+        return (f"{first} do not follow it either, down to {100 * rows.step.min():.2g}% of the way: on unseen examples "
+                "the score is wrong, not only the step too large.")
+    at = rows[rows.step == held].iloc[0]
+    if abs(at.measured) <= 1.96 * at.se:
+        return f"{first} agree with it up to {100 * held:.2g}% of the way, where no change can be told from zero."
+    return (f"{first} follow it up to {100 * held:.2g}% of the way: the score tells the truth about a small step, and "
+            "zeroing is not one.")
 
 def truth(f) -> str:
     "The scan, and how much of the score is noise."
@@ -172,10 +189,11 @@ def truth(f) -> str:
     lines = ["## Is the score telling the truth?",
              "A score is a promise: to first order, zeroing a set of weights changes the loss by the sum of −w·g. That "
              "is exact for small steps only, and zeroing is not always small. So sets of growing size, those with the "
-             "highest scores, were zeroed for real, and the loss was measured."]
+             "highest scores, were zeroed for real, and the loss was measured on validation examples."]
     if f.scans:
         tried = list(dict.fromkeys(next(iter(f.scans.values())).method))
-        lines += ["\n".join(scan_line(m, f.scans) for m in tried),
+        if len(f.seeds) > 1: lines.append(f"In words for seed {f.seeds[0]}; the figure has all of them.")
+        lines += ["\n".join(scan_line(m, f.scans[f.seeds[0]], f.steps[f.seeds[0]]) for m in tried),
                   "*Holds* means: prediction and measurement differ by less than the 95% interval of the "
                   "measurement, or by less than half of the prediction.",
                   "![Predicted and measured change of the loss over the masked share](scan.png)"]
@@ -183,9 +201,11 @@ def truth(f) -> str:
     return "\n\n".join([*lines, "A gradient is an average over examples. Two halves of the "
                         f"{f.influence['metrics']['examples']} gradient examples agree on its sign for "
                         f"**{agree.mean():.1%}** of the weights (from {agree.min():.1%} to {agree.max():.1%} by "
-                        "matrix; a coin would give 50%).", "![Distribution of the scores by matrix](scores.png)"])
+                        "matrix; a coin would give 50%)" + (
+                            ": for most weights the sign of the score is noise." if agree.mean() < .55 else "."),
+                        "![Distribution of the scores by matrix](scores.png)"])
 
-# %% ../nbs/70_report.ipynb #197a0a6f
+# %% ../nbs/70_report.ipynb #a412af18
 def budget_table(f) -> str:
     "Weights zeroed in each matrix: every layer of the band has the same shapes."
     mask = f.masks[f.focus]
@@ -211,13 +231,14 @@ def where_they_fall(f) -> str:
         f": {facts['matrices']} matrices with {facts['band_weights']:,} weights. Each method zeroes "
         f"{facts['asked']:,} of them, the same share of each matrix" + (f"; {listed(short)}" if short else "") + ".",
         budget_table(f),
-        f"![Density of the {f.focus} mask inside each matrix](mask_map.png)",
+        "Inside a matrix a mask is rarely even: stripes are rows or columns, such as attention heads, that the score "
+        "prefers.", f"![Density of the {f.focus} mask inside each matrix](mask_map.png)",
         "![Share of each mask in the most-hit tenth of rows and columns](mask_concentration.png)",
         *(["Do methods choose the same weights? Jaccard similarity is the number of weights zeroed by both over the "
            "number zeroed by either; in brackets what independent masks would give.",
            "![Overlap of the masks](overlap.png)"] if len(f.methods) > 1 else [])])
 
-# %% ../nbs/70_report.ipynb #ae38ffe0
+# %% ../nbs/70_report.ipynb #984b91da
 def fenced(text: str, language: str = "") -> str:
     "A code block that nothing in `text` can close."
     longest = max(map(len, re.findall(r"`+", text)), default=0)
@@ -258,7 +279,7 @@ def programs(f) -> str:
                   *(sample(f, v, task) for v in ("fft", f.focus))]
     return "\n\n".join(parts)
 
-# %% ../nbs/70_report.ipynb #48a97e0e
+# %% ../nbs/70_report.ipynb #564ab1d4
 PUBLISHED = [  # source, model, what, HumanEval pass@1 of FFT, with the mask or baseline
     ("MFT paper (arXiv 2503.22764)", "LLaMA2-7B", "learned mask (MFT), 10% of layers 20-23", "29.3", "31.7"),
     ("README of the MFT code", "LLaMA2-7B", "the same", "29.9", "33.5"),
@@ -281,7 +302,7 @@ def beside_published(f) -> str:
         "For single weights, the SCI replication found that the sign of the score agrees with the measured change of "
         "loss in 51.5% of the cases, with a correlation of −0.056."])
 
-# %% ../nbs/70_report.ipynb #2b4f37a7
+# %% ../nbs/70_report.ipynb #ff34879d
 def origin(model: str) -> str:
     "Where the weights of a model are from."
     if model == "tiny": return "random weights, built in process"
@@ -309,7 +330,7 @@ def really_used(f) -> str:
         f"the answers only. Validation loss went from {curve.eval_loss.iloc[0]:.3f} to {curve.eval_loss.iloc[-1]:.3f} "
         f"(seed {f.seeds[0]}).", "![Training and validation loss over the steps](training.png)"])
 
-# %% ../nbs/70_report.ipynb #db039f80
+# %% ../nbs/70_report.ipynb #7a13ac87
 def duration(seconds: float) -> str:
     "12 s, 3 min 20 s, 2 h 5 min."
     s = round(seconds)
@@ -335,7 +356,7 @@ def how_it_ran(f) -> str:
         "*+changes* means that the working tree differed from that commit. The executed notebook of every stage is in "
         f"`runs/{f.study}/notebooks/`."])
 
-# %% ../nbs/70_report.ipynb #4a4031ae
+# %% ../nbs/70_report.ipynb #8a89aeee
 def draw(f, folder: Path) -> None:
     "All figures of the report, as PNG and SVG."
     seed = f.seeds[0]
@@ -344,7 +365,7 @@ def draw(f, folder: Path) -> None:
     solved = sum(pd.Series({r["task_id"]: float(r["base"]) for r in f.problems["fft", s]}) for s in f.seeds)
     save(figures.forest(f.tests, f.study, f.methods), "forest")
     save(figures.flip_strip(f.flips, (solved / len(f.seeds)).loc[tasks], f.methods, f.study), "flips")
-    if f.scans: save(figures.scan_plot(f.scans, f.study), "scan")
+    if f.scans: save(figures.scan_plot(f.scans, f.steps, f.study), "scan")
     shown = [m for m in f.methods if METHODS[m].signed] or f.methods[:1]
     save(figures.score_distributions(f.scores[seed], shown, f.study, seed), "scores")
     save(figures.mask_map(f.masks[f.focus], f.focus, f.study, seed), "mask_map")
@@ -354,7 +375,7 @@ def draw(f, folder: Path) -> None:
         save(figures.overlap_map(f.overlap, expected, f.study), "overlap")
     save(figures.training_curve(f.logs, f.study), "training")
 
-# %% ../nbs/70_report.ipynb #6d634cdb
+# %% ../nbs/70_report.ipynb #847088a9
 CSS = """
 body {font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem}
 h1 {font-size: 1.7rem; line-height: 1.25} h2 {margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem}
@@ -382,7 +403,7 @@ def split_pictures(text: str) -> list[tuple[str, str]]:
     pieces = re.split(r"(?m)^!\[[^\]]*\]\(([^)]+)\)$", text)
     return [("picture" if i % 2 else "text", p) for i, p in enumerate(pieces) if p.strip()]
 
-# %% ../nbs/70_report.ipynb #da960236
+# %% ../nbs/70_report.ipynb #db8018de
 SECTIONS = (opening, results, truth, where_they_fall, programs, beside_published, really_used, how_it_ran)
 
 def write_report(study: str, seeds: list[int], methods: list[str]) -> Path:
