@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'OTHERS', 'STYLE', 'colour', 'label', 'styled', 'save_figure', 'forest', 'runs_in_words', 'spread_out',
-           'symlog_ticks', 'flip_strip', 'scan_plot', 'against_prediction', 'from_zero', 'places',
+           'symlog_ticks', 'flip_strip', 'scan_plot', 'until', 'against_prediction', 'from_zero', 'places',
            'score_distributions', 'block_density', 'mask_map', 'top_tenth', 'mask_concentration', 'expected_jaccard',
            'overlap_map', 'training_curve']
 
-# %% ../nbs/65_figures.ipynb #9d7e07d0
+# %% ../nbs/65_figures.ipynb #e084a96a
 import zlib
 from functools import wraps
 from pathlib import Path
@@ -25,7 +25,7 @@ from .compare import ALPHA, INSTRUMENTS
 from .influence import holds_until
 from .mask import Mask
 
-# %% ../nbs/65_figures.ipynb #694fda85
+# %% ../nbs/65_figures.ipynb #5a80f83d
 COLOURS = dict(base="#949494", fft="#000000", sci="#0173b2", taylor="#de8f05", magnitude="#029e73", random="#cc78bc")
 OTHERS = ["#d55e00", "#ca9161", "#56b4e9", "#fbafe4", "#ece133"]
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
@@ -47,7 +47,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #6316f254
+# %% ../nbs/65_figures.ipynb #ca2a71fa
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #e80ee553
+# %% ../nbs/65_figures.ipynb #e66e4be5
 @styled
 def forest(
     tests: pd.DataFrame,  # tests.csv of `compare`
@@ -113,7 +113,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #4962e21d
+# %% ../nbs/65_figures.ipynb #7a828c20
 @styled
 def flip_strip(
     flips: pd.DataFrame,  # flips.csv of `compare`
@@ -143,7 +143,7 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.3)
     return figure
 
-# %% ../nbs/65_figures.ipynb #ddf9b556
+# %% ../nbs/65_figures.ipynb #f9f178cc
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -159,10 +159,10 @@ def scan_plot(
             (axes[1], steps, "step", f"way to zero, for {100 * largest:.2g}% of the weights")):
         for ax, method in zip(row, methods, strict=True):
             mine = {s: t[t.method == method].sort_values(axis) for s, t in tables.items()}
-            held = min(map(holds_until, mine.values()))
+            fair = [t.assign(predicted=t.crossfitted) for t in mine.values()]
+            held, cross = (until(min(map(holds_until, ts))) for ts in (mine.values(), fair))
             against_prediction(ax, mine, axis, colour(method))
-            title = f"first order holds up to {100 * held:.2g}%" if held else "first order never holds"
-            ax.set(xscale="log", xlabel=what, title=f"{method}: {title}")
+            ax.set(xscale="log", xlabel=what, title=f"{method}: holds {held}, cross-fitted {cross}")
         from_zero(row, pd.concat(tables.values()))
         row[0].set_ylabel("change of validation loss,\nnats per token")
     axes[0][0].legend(loc="best")
@@ -171,19 +171,25 @@ def scan_plot(
                     f"seed{'s' * (runs > 1)})", x=.01, ha="left")
     return figure
 
+def until(share: float) -> str:
+    "How far something holds, in words."
+    return f"up to {100 * share:.2g}%" if share else "never"
+
 def against_prediction(ax, tables: dict[int, pd.DataFrame], axis: str, tint: str) -> None:
     "Lines of prediction and measurement, one pair for each seed."
     for i, r in enumerate(tables.values()):
         ax.plot(r[axis], r.predicted, "--", color="0.45", lw=1.2, label=None if i else "first-order prediction")
+        ax.plot(r[axis], r.crossfitted, ":", color="0.45", lw=1.2, label=None if i else "the same, cross-fitted")
         ax.errorbar(r[axis], r.measured, 1.96 * r.se, fmt="o-", ms=4, lw=1.2, capsize=2.5, color=tint,
                     label=None if i else "measured, 95% interval")
-        if (held := holds_until(r)): ax.axvline(held, color=tint, ls=":", lw=1)
+        held = max(holds_until(r), holds_until(r.assign(predicted=r.crossfitted)))
+        if held: ax.axvline(held, color=tint, ls=(0, (1, 3)), lw=1.2)
     ax.axhline(0, color="0.8", lw=.8, zorder=0)
     ax.grid(axis="y", color="0.93", lw=.6)
 
 def from_zero(axes, every: pd.DataFrame) -> None:
     "A y axis that is linear up to the smallest change and logarithmic from there."
-    both = every[["predicted", "measured"]].to_numpy()
+    both = every[["predicted", "crossfitted", "measured"]].to_numpy()
     small = np.abs(both)
     unit = float(f"{max(small[small > 0].min(initial=1.), small.max() * 1e-4):.0e}")
     for ax in axes:
@@ -192,7 +198,7 @@ def from_zero(axes, every: pd.DataFrame) -> None:
         ax.set_ylim(min(0, both.min() * 2), max(unit, both.max() * 2))
         ax.minorticks_off()
 
-# %% ../nbs/65_figures.ipynb #7b75aee4
+# %% ../nbs/65_figures.ipynb #e64f0055
 def places(names) -> pd.DataFrame:
     "Layer and role of weight matrices, from their names in the checkpoint; index: the names."
     rows = []
@@ -236,7 +242,7 @@ def score_distributions(
                     x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #a874d056
+# %% ../nbs/65_figures.ipynb #2027fb47
 def block_density(
     mask: torch.Tensor,  # bool (outputs, inputs)
     blocks: int = 24,  # at most this many on each side, of 8 lines or more
@@ -273,7 +279,7 @@ def mask_map(mask: Mask, method: str, study: str, seed: int) -> Figure:
                     "across: inputs)", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #4b5037d9
+# %% ../nbs/65_figures.ipynb #5aa064a2
 def top_tenth(counts: np.ndarray) -> float:
     "Share of the total that the largest tenth of the counts (at least one) holds; NaN when there is none."
     k = max(1, round(len(counts) / 10))
@@ -295,7 +301,7 @@ def mask_concentration(masks: dict[str, Mask], study: str, seed: int) -> Figure:
     figure.suptitle(f"{study}, seed {seed}: is a mask spread out (10%) or concentrated?", x=.01, ha="left")
     return figure
 
-# %% ../nbs/65_figures.ipynb #1e0b0280
+# %% ../nbs/65_figures.ipynb #47b9cd7e
 def expected_jaccard(a: Mask, b: Mask) -> float:
     "Jaccard similarity of independent masks with the same counts in each matrix (ratio of expectations)."
     pairs = [(int(m.sum()), int(b.masked[n].sum()), m.numel()) for n, m in a.masked.items()]
@@ -320,7 +326,7 @@ def overlap_map(
     ax.tick_params(length=0)
     return figure
 
-# %% ../nbs/65_figures.ipynb #10a5384f
+# %% ../nbs/65_figures.ipynb #47d86b93
 @styled
 def training_curve(
     logs: dict[int, pd.DataFrame],  # seed -> log of the Trainer: step, loss, eval_loss

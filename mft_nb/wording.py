@@ -6,14 +6,14 @@
 __all__ = ['CHOSEN', 'verdict', 'number', 'measured', 'interval', 'clause', 'listed', 'headline', 'rows_against', 'answer',
            'beside_chance', 'fine_tuning']
 
-# %% ../nbs/67_wording.ipynb #965ff32c
+# %% ../nbs/67_wording.ipynb #49dd5585
 import math
 
 import pandas as pd
 
 from .compare import ALPHA, INSTRUMENTS
 
-# %% ../nbs/67_wording.ipynb #d8d214ee
+# %% ../nbs/67_wording.ipynb #786f6aa4
 def verdict(
     row,  # a row of tests.csv
 ) -> str:
@@ -21,7 +21,7 @@ def verdict(
     if not row.p_holm < ALPHA or row.difference == 0: return "none"
     return "helped" if row.difference * INSTRUMENTS[row.instrument].better > 0 else "hurt"
 
-# %% ../nbs/67_wording.ipynb #c825b0ca
+# %% ../nbs/67_wording.ipynb #67059b74
 def number(value: float, signed: bool = False) -> str:
     "Three digits at most, a true minus sign."
     if pd.isna(value): return "unknown"
@@ -45,7 +45,7 @@ def interval(instrument: str, low: float, high: float) -> str:
     if pd.isna(low): return "no interval: one item"
     return f"95% interval {measured(instrument, low, True, False)} to {measured(instrument, high, True, False)}"
 
-# %% ../nbs/67_wording.ipynb #5ef42872
+# %% ../nbs/67_wording.ipynb #cdff56dc
 def clause(row) -> str:
     "What happened to one instrument, with its uncertainty."
     kind, span = INSTRUMENTS[row.instrument], interval(row.instrument, row.low, row.high)
@@ -59,7 +59,7 @@ def clause(row) -> str:
     size = measured(row.instrument, abs(row.difference))
     return f"{kind.name} {way} by {size} (95% interval {low} to {high})"
 
-# %% ../nbs/67_wording.ipynb #1369ebe4
+# %% ../nbs/67_wording.ipynb #971265e1
 CHOSEN = dict(sci="that Sign-Corrected Influence (SCI) calls most harmful",
               taylor="that signed Taylor calls most harmful", magnitude="of smallest magnitude",
               random="drawn at random")
@@ -94,7 +94,7 @@ def answer(
     chosen = CHOSEN.get(method, f"that the method '{method}' chooses")
     return f"Zeroing {where} {chosen} {headline(rows)}: {'; '.join(map(clause, rows))}."
 
-# %% ../nbs/67_wording.ipynb #315339b4
+# %% ../nbs/67_wording.ipynb #982c5a51
 def beside_chance(tests: pd.DataFrame, method: str) -> str:
     "How a mask compares with the random mask of the same size; empty when there is none."
     rows = rows_against(tests, method, "random")
@@ -104,7 +104,7 @@ def beside_chance(tests: pd.DataFrame, method: str) -> str:
              f"{measured(r.instrument, r.difference, True)}, {interval(r.instrument, r.low, r.high)})" for r in rows]
     return f"Against a random mask of the same size, the {method} mask is {listed(parts)}."
 
-# %% ../nbs/67_wording.ipynb #9c50d1ec
+# %% ../nbs/67_wording.ipynb #97b712fa
 def fine_tuning(tests: pd.DataFrame) -> str:
     "What fine-tuning did to the base model, in one sentence."
     turned = [r.copy() for r in rows_against(tests, "base")]

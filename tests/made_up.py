@@ -71,11 +71,11 @@ def make_influence(folder, study, seed, methods, layers, model):
     write_json(folder / "overlap.json", [dict(a=a, b=b, jaccard=jaccard(masks[a], masks[b]))
                                          for a in masks for b in masks])
     shares = np.geomspace(1e-6, .05, 6)
-    scan = [dict(method=m, share=s, step=1., masked=max(1, int(s * 9e6)), predicted=-2 * s ** .8,
+    scan = [dict(method=m, share=s, step=1., masked=max(1, int(s * 9e6)), predicted=-2 * s ** .8, crossfitted=-s ** .8,
                  measured=-2 * s ** .8 + 90 * s * s, se=.02 * s ** .5, n=24) for m in methods[:2] for s in shares]
     pd.DataFrame(scan).to_csv(folder / "scan.csv", index=False)
-    steps = [dict(method=m, share=.05, step=t, masked=9, predicted=-.2 * t, measured=4 * t * t - .2 * t, se=1e-4, n=24)
-             for m in methods[:2] for t in (.001, .01, .1, 1.)]
+    steps = [dict(method=m, share=.05, step=t, masked=9, predicted=-.2 * t, crossfitted=-.1 * t,
+                  measured=4 * t * t - .2 * t, se=1e-4, n=24) for m in methods[:2] for t in (.001, .01, .1, 1.)]
     pd.DataFrame(steps).to_csv(folder / "steps.csv", index=False)
 
 
