@@ -51,11 +51,10 @@ def stage_calls(params, study="smoke"):
     from importlib import import_module
     todo = [("data", "prepare_data", {}), ("finetune", "finetune", {}), ("influence", "influence", {}),
             *(("evaluate", "evaluate", dict(variant=v)) for v in ("base", "fft", *params["methods"])),
-            ("apply_mask", "publish", dict(variant="sci")), ("compare", "compare", {}), ("report", "report", {})]
+            ("apply_mask", "publish", dict(variant="sci")), ("compare", "compare", {}), ("report", "write_report", {})]
     calls = []
     for module, name, more in todo:
-        function = getattr(import_module(f"mft_nb.{module}"), name, None)
-        if function is None: continue  # not written yet
+        function = getattr(import_module(f"mft_nb.{module}"), name)
         given = params | dict(study=study, seed=0) | more
         calls.append((module, name, {k: given[k] for k in inspect.signature(function).parameters}))
     return calls

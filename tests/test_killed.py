@@ -5,7 +5,7 @@ import shutil
 import killing
 import pytest
 
-KILLS = dict(data=2, finetune=5, influence=4, evaluate=3, apply_mask=1, compare=1, report=1)
+KILLS = dict(data=1, finetune=4, influence=3, evaluate=2, apply_mask=1, compare=1, report=1)
 
 
 def before(small, home, stage):
@@ -18,7 +18,6 @@ def before(small, home, stage):
 @pytest.mark.parametrize("stage", KILLS)
 def test_a_killed_stage_ends_with_the_same_numbers(small, tmp_path, stage):
     calls = [c for c in small.calls if c[0] == stage and c[2].get("variant", "sci") == "sci"]
-    if not calls: pytest.skip(f"{stage} does not exist yet")
     variant = calls[0][2].get("variant", "")
     undisturbed = small.done[stage, variant]
     where = f"{stage}/{variant}-seed0" if variant else f"{stage}/seed0" if "seed" in calls[0][2] else stage
@@ -32,6 +31,7 @@ def test_a_killed_stage_ends_with_the_same_numbers(small, tmp_path, stage):
     run = killing.run(home, calls)
     assert run.code == 0, run.said
     got, wanted = (killing.numbers(h / "runs" / "smoke" / where) for h in (home, small.home))
+    if stage == "report": got, wanted = set(got), set(wanted)  # it tells run times, too
     assert got == wanted
     assert killing.manifest(home / "runs" / "smoke" / where)["metrics"].keys() == \
         killing.manifest(small.home / "runs" / "smoke" / where)["metrics"].keys()
