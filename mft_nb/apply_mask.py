@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_file_of', 'write_masked', 'model_card', 'check', 'publish']
 
-# %% ../nbs/40_apply_mask.ipynb #79131976
+# %% ../nbs/40_apply_mask.ipynb #8ec786ea
 import shutil
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .influence import METHODS
 from .mask import Mask, load_mask
 from .study import Seed, StudyName, checked, finished, open_stage, read_json, sha256
 
-# %% ../nbs/40_apply_mask.ipynb #5ee8ce17
+# %% ../nbs/40_apply_mask.ipynb #ad858ffc
 def mask_file_of(study: str, variant: str, seed: int) -> Path | None:
     "Mask file of a variant, None for base and fft. Raises ValueError when no such method was run."
     if variant in ("base", "fft"): return None
@@ -45,7 +45,7 @@ def write_masked(checkpoint: Path, mask: Mask, target: Path) -> None:
             save_file(tensors, target / path.name, metadata=f.metadata())
     if missing: raise ValueError(f"{checkpoint}: has no weights {sorted(missing)[:3]}; is this the mask's checkpoint?")
 
-# %% ../nbs/40_apply_mask.ipynb #6135ce19
+# %% ../nbs/40_apply_mask.ipynb #e2288377
 def model_card(study: str, variant: str, mask: Mask, base: str) -> str:
     "A model card in Markdown: what was zeroed, by which method, from which checkpoint."
     about = "\n".join(f"| {k} | {v} |" for k, v in mask.provenance.items())

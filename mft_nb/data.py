@@ -8,7 +8,7 @@ __all__ = ['Answers', 'BLOCK', 'SHINGLE', 'NEAR', 'LONG', 'SHORT', 'SHARE', 'MBP
            'mbpp_texts', 'benchmarks', 'ordered', 'split_rows', 'check', 'Clean', 'clean_rows', 'card_of',
            'markdown_table', 'card_markdown', 'prepare_data']
 
-# %% ../nbs/10_data.ipynb #501b0f1a
+# %% ../nbs/10_data.ipynb #6b62ed61
 import ast
 import gzip
 import hashlib
@@ -32,10 +32,10 @@ from mft_nb.study import (
     write_jsonl,
 )
 
-# %% ../nbs/10_data.ipynb #8ec93646
+# %% ../nbs/10_data.ipynb #8d46e0d2
 Answers = Literal["any", "python"]
 
-# %% ../nbs/10_data.ipynb #efeef35a
+# %% ../nbs/10_data.ipynb #939f11f0
 BLOCK = re.compile(r"```(?:python|py)\n(.*?)```", re.DOTALL)
 
 
@@ -78,7 +78,7 @@ def quality(
         raise ValueError("Python block does not compile")
     return row
 
-# %% ../nbs/10_data.ipynb #550981ec
+# %% ../nbs/10_data.ipynb #0f1128bf
 SHINGLE = 5  # words
 NEAR = 0.7  # Jaccard similarity from which two rows count as one
 
@@ -106,7 +106,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
-# %% ../nbs/10_data.ipynb #7df484d7
+# %% ../nbs/10_data.ipynb #cb0e6cc9
 class Twin(NamedTuple):
     "A row that was dropped for one that came before."
     row: str  # id
@@ -139,7 +139,7 @@ def without_twins(
             kept.append(row)
     return kept, twins
 
-# %% ../nbs/10_data.ipynb #2818e04b
+# %% ../nbs/10_data.ipynb #0f5703d3
 LONG, SHORT, SHARE = 13, 8, 0.5
 
 
@@ -174,7 +174,7 @@ class Benchmarks:
                 return problem, f"{n} of {self.sizes[problem]} runs of {SHORT} words"
         return None
 
-# %% ../nbs/10_data.ipynb #d65ab444
+# %% ../nbs/10_data.ipynb #59fee44e
 def humaneval_texts() -> dict[str, str]:  # name -> prompt and canonical solution
     "Problems of HumanEval, from the embedded part."
     problems = map(json.loads, gzip.decompress(part("humaneval").read_bytes()).splitlines())
@@ -196,7 +196,7 @@ def mbpp_texts(
         raise ValueError(f"{where}: it is empty; mbpp.jsonl has 974 problems")
     return texts
 
-# %% ../nbs/10_data.ipynb #8ce1a8f0
+# %% ../nbs/10_data.ipynb #2bfa4f51
 MBPP = "google-research-datasets/mbpp"
 
 
@@ -225,7 +225,7 @@ def benchmarks(
         index.add(problem, text)
     return index, checked
 
-# %% ../nbs/10_data.ipynb #b89b1428
+# %% ../nbs/10_data.ipynb #a5df997e
 def ordered(rows: list[dict], salt: str) -> list[dict]:
     "Rows in a random order that depends on the salt and each row's own id only."
     return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}/{row['id']}".encode()).digest())
@@ -251,7 +251,7 @@ def split_rows(
         start += n
     return splits
 
-# %% ../nbs/10_data.ipynb #0e2f12d0
+# %% ../nbs/10_data.ipynb #6e0b3965
 def check(params: dict) -> None:
     "Refuse what can be known before work starts: sources, files, limits, the embedded part. Raises ValueError."
     if params["min_characters"] >= params["max_characters"]:
@@ -271,7 +271,7 @@ def check(params: dict) -> None:
     except ValueError as e:
         raise ValueError(f"mbpp: {e}") from None
 
-# %% ../nbs/10_data.ipynb #c3eebb72
+# %% ../nbs/10_data.ipynb #73edb961
 class Clean(NamedTuple):
     "Rows that may be used, and what happened to the others."
     rows: list[dict]
@@ -313,7 +313,7 @@ def clean_rows(
     contaminated = [{"row": row, "problem": problem, "evidence": evidence} for row, (problem, evidence) in hits.items()]
     return Clean(single, counts, reasons, examples, facts, twins, contaminated)
 
-# %% ../nbs/10_data.ipynb #91c7017b
+# %% ../nbs/10_data.ipynb #6ef65788
 def card_of(
     study: str, clean: Clean,
     checked: dict[str, str],  # benchmark -> what was checked
@@ -329,7 +329,7 @@ def card_of(
             "hashes": {s: hash_of([row for row in clean.rows if row["source"] == s]) for s in counts},
             "example": min(splits["train"], key=lambda row: len(str(row["messages"])))}
 
-# %% ../nbs/10_data.ipynb #9ca9e71a
+# %% ../nbs/10_data.ipynb #5fe8225d
 def markdown_table(head: list[str], rows: list[list]) -> str:
     "A Markdown table."
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
@@ -358,7 +358,7 @@ def card_markdown(card: dict) -> str:
         f"runs of {SHORT} words.", markdown_table(["row", "problem", "evidence"], hits) if hits else "",
         "## One training row", *(f"**{m['role']}**\n\n{m['content']}" for m in card["example"]["messages"]), ""])
 
-# %% ../nbs/10_data.ipynb #3fc56905
+# %% ../nbs/10_data.ipynb #d15b22fa
 @checked
 def prepare_data(
     study: StudyName, sources: Sources,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reference_chat', 'answer_problems', 'chosen_problems', 'evaluate', 'summary']
 
-# %% ../nbs/50_evaluate.ipynb #ca3b6520
+# %% ../nbs/50_evaluate.ipynb #04c87438
 import ast
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .sandbox import protection
 from .study import (Count, CountOrZero, OptionalFile, Seed, StudyName, checked, finished, open_stage, progress,
                           project_root, read_jsonl, seed_everything, sha256, write_jsonl)
 
-# %% ../nbs/50_evaluate.ipynb #2b188c78
+# %% ../nbs/50_evaluate.ipynb #09f95b0f
 def reference_chat(
     problem: dict,  # of load_humaneval()
 ) -> list[dict]:
@@ -36,7 +36,7 @@ def reference_chat(
     answer = "\n\n\n".join(p for p in (preamble(problem), "\n".join(line for line in kept if line.strip())) if p)
     return [dict(role="user", content=chat_prompt(problem)), dict(role="assistant", content=code_answer(answer))]
 
-# %% ../nbs/50_evaluate.ipynb #9cbef5a1
+# %% ../nbs/50_evaluate.ipynb #56d5d776
 def answer_problems(
     net, tokenizer,
     problems: list[dict],  # of load_humaneval()
@@ -71,7 +71,7 @@ def _any_closed(names: list[str]):
     checks = [block_closed(n) for n in names]
     return lambda row, text: checks[row](text)
 
-# %% ../nbs/50_evaluate.ipynb #bc46f8d2
+# %% ../nbs/50_evaluate.ipynb #1f62fced
 def chosen_problems(problems: list[dict], n: int) -> list[dict]:
     "All problems, or n of them spread evenly."
     return problems if not n or n >= len(problems) else [problems[i * len(problems) // n] for i in range(n)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MasterAdamW', 'training_order', 'ChatTrainer', 'ShowProgress', 'last_checkpoint', 'check', 'finetune', 'make_trainer']
 
-# %% ../nbs/20_finetune.ipynb #85c4052c
+# %% ../nbs/20_finetune.ipynb #a27b065b
 import json
 import shutil
 import time
@@ -24,7 +24,7 @@ from .model import ModelName, check_model, load_model, load_tokenizer, n_weights
 from .study import (Count, NonNegative, Positive, Seed, StudyName, checked, finished, open_stage, progress,
                           read_jsonl, seed_everything, settings, write_jsonl)
 
-# %% ../nbs/20_finetune.ipynb #b9ae5d50
+# %% ../nbs/20_finetune.ipynb #3fdbdfa8
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -57,7 +57,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/20_finetune.ipynb #99457e35
+# %% ../nbs/20_finetune.ipynb #693b1374
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -77,7 +77,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/20_finetune.ipynb #3c6d3c14
+# %% ../nbs/20_finetune.ipynb #b14a7820
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss` and a fixed order of examples."
     def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, **kw):
@@ -102,7 +102,7 @@ class ChatTrainer(Trainer):
             self.log(self.seen[1])
         return self.seen[1]
 
-# %% ../nbs/20_finetune.ipynb #b2fcacc8
+# %% ../nbs/20_finetune.ipynb #96e3e342
 class ShowProgress(TrainerCallback):
     "Tokens, rate and ETA on the terminal; with the loss beside them."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path) -> str | None:
             shutil.rmtree(path)
     return found
 
-# %% ../nbs/20_finetune.ipynb #160dd02f
+# %% ../nbs/20_finetune.ipynb #75b1d7fb
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist, the band lies outside it, or the disk is too small."
     check_model(params)
@@ -171,7 +171,7 @@ def finetune(
                                  resumed=before is not None, training_seconds=round(time.time() - begun, 1)),
                             drop="checkpoint-*")
 
-# %% ../nbs/20_finetune.ipynb #30b54f54
+# %% ../nbs/20_finetune.ipynb #11cea784
 def make_trainer(
     net,  # the model
     rows: list[dict],  # encoded examples in the order of training

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RoomyLayer', 'roomy_cache', 'grouped_sdpa', 'grouped_attention', 'generate_batch', 'block_closed']
 
-# %% ../nbs/47_generate.ipynb #474d94e0
+# %% ../nbs/47_generate.ipynb #3a17b76a
 import contextlib
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .device import Device, inference
 
-# %% ../nbs/47_generate.ipynb #88a294cc
+# %% ../nbs/47_generate.ipynb #4f3eeb62
 class RoomyLayer(DynamicLayer):
     "One layer of a key-value cache that reserves room for `room` more tokens whenever it is full."
     room = 64
@@ -55,7 +55,7 @@ def roomy_cache(model: nn.Module) -> DynamicCache:
     if not cache.layers: cache.layer_class_to_replicate = RoomyLayer
     return cache
 
-# %% ../nbs/47_generate.ipynb #ac4b1b18
+# %% ../nbs/47_generate.ipynb #e9070761
 def grouped_sdpa(module, query, key, value, attention_mask, **kw):
     "transformers' sdpa attention; a single query token reads shared key-value heads in place."
     batch, heads, tokens, width = query.shape
@@ -78,7 +78,7 @@ def grouped_attention(model: nn.Module) -> Iterator[None]:
     finally:
         if before == "sdpa": model.set_attn_implementation(before)
 
-# %% ../nbs/47_generate.ipynb #c12997de
+# %% ../nbs/47_generate.ipynb #328ef315
 def generate_batch(
     model: nn.Module,
     tokenizer,
@@ -126,7 +126,7 @@ def _ends(model: nn.Module) -> set[int]:
     ends = getattr(model.generation_config, "eos_token_id", None)
     return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
 
-# %% ../nbs/47_generate.ipynb #f876b853
+# %% ../nbs/47_generate.ipynb #e1482a52
 def block_closed(entry_point: str) -> Callable[[str], bool]:
     "A test of a text: true when a closed code block defines `entry_point`."
     closed = re.compile(rf"```[^\n`]*\n(?:(?!```).)*^[ \t]*def[ \t]+{re.escape(entry_point)}\b(?:(?!```).)*^[ \t]*```",

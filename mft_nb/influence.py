@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Methods', 'STEPS', 'Method', 'band_gradients', 'save_sums
            'describe_scores', 'from_layer', 'predicted_change', 'crossfitted_change', 'scan', 'holds_until', 'check',
            'influence', 'make_masks', 'evenly', 'run_scan']
 
-# %% ../nbs/30_influence.ipynb #c909e762
+# %% ../nbs/30_influence.ipynb #c35b9b87
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from .model import Band, ModelName, check_model, layers_of, load_model, load_tok
 from .study import (Count, CountOrZero, Seed, Share, StudyName, checked, finished, no_repeats, open_stage,
                           progress, read_jsonl, seed_everything, write_json)
 
-# %% ../nbs/30_influence.ipynb #0cae2396
+# %% ../nbs/30_influence.ipynb #b0159256
 @dataclass(frozen=True)
 class Method:
     "How one method scores the weights of a matrix: the highest scores are zeroed."
@@ -48,7 +48,7 @@ METHODS = {
 }
 Methods = Annotated[list[Literal[tuple(METHODS)]], Field(min_length=1), AfterValidator(no_repeats)]
 
-# %% ../nbs/30_influence.ipynb #43c399cd
+# %% ../nbs/30_influence.ipynb #abb34389
 def band_gradients(
     model: nn.Module,
     weights: dict[str, nn.Parameter],  # from `maskable`
@@ -94,7 +94,7 @@ def whole_gradient(halves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n.removeprefix("even/"): (t * a + halves[n.replace("even/", "odd/", 1)] * b) / (a + b)
             for n, t in halves.items() if n.startswith("even/")}
 
-# %% ../nbs/30_influence.ipynb #f919b62c
+# %% ../nbs/30_influence.ipynb #235da45e
 def scores_of(
     method: str,  # a key of METHODS
     weights: dict[str, torch.Tensor],
@@ -117,7 +117,7 @@ def describe_scores(scores: dict[str, torch.Tensor], halves: dict[str, torch.Ten
                          histogram=(counts / s.numel()).tolist()))
     return rows
 
-# %% ../nbs/30_influence.ipynb #5a4e78ee
+# %% ../nbs/30_influence.ipynb #082abdb3
 @contextlib.contextmanager
 def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
     """Run only layers >= `first` on inputs seen before. Yields `at(key)`, a context manager: the first forward under
@@ -141,7 +141,7 @@ def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
                 for block in blocks[:first]: del block.forward
     yield at
 
-# %% ../nbs/30_influence.ipynb #2a6c4a3d
+# %% ../nbs/30_influence.ipynb #d51411b6
 def predicted_change(weights: dict[str, torch.Tensor], gradient: dict[str, torch.Tensor], mask: Mask) -> float:
     "First-order change of the loss when the masked weights become zero: the sum of -w g over them, in float64."
     return -sum((weights[n].detach().cpu().double() * gradient[n].cpu().double())[m].sum().item()
@@ -199,7 +199,7 @@ def scan(
             update(rows)
     return rows
 
-# %% ../nbs/30_influence.ipynb #1a9dcadb
+# %% ../nbs/30_influence.ipynb #b9788cb3
 def holds_until(rows: pd.DataFrame) -> float:
     """Largest masked share (or step, when `rows` hold several) up to which the first-order prediction lies within the
     95% interval of the measured change, or within half of it; 0 when it never does. `rows`: one method of `scan`."""
@@ -209,7 +209,7 @@ def holds_until(rows: pd.DataFrame) -> float:
         held = getattr(r, axis)
     return held
 
-# %% ../nbs/30_influence.ipynb #2c92edab
+# %% ../nbs/30_influence.ipynb #45ca612f
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or the scan has no room."
     check_model(params)
@@ -256,7 +256,7 @@ def influence(
                                  layers=net.config.get_text_config().num_hidden_layers,
                                  band_weights=sum(g.numel() for g in gradient.values())))
 
-# %% ../nbs/30_influence.ipynb #b7f0c614
+# %% ../nbs/30_influence.ipynb #da15ffa7
 def make_masks(folder: Path, methods, weights, gradient, halves, keep, seed, about) -> dict:
     "Write masks/<method>.safetensors, scores.json and overlap.json; returns how many weights each mask zeroes."
     (folder / "masks").mkdir(exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['collate', 'by_length', 'head_is_plain', 'label_losses', 'example_losses', 'evaluate_losses']
 
-# %% ../nbs/09_loss.ipynb #dfc33297
+# %% ../nbs/09_loss.ipynb #a0c53bb3
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from .chat import IGNORED
 from .device import Device, inference
 
-# %% ../nbs/09_loss.ipynb #3147be2c
+# %% ../nbs/09_loss.ipynb #467b8192
 def collate(
     examples: list[dict],  # each with lists `input_ids` and `labels`
     pad_id: int,  # token that fills up
@@ -37,7 +37,7 @@ def by_length(
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i]["input_ids"]), i))
     for start in range(0, len(order), batch_size): yield order[start:start + batch_size]
 
-# %% ../nbs/09_loss.ipynb #9536552b
+# %% ../nbs/09_loss.ipynb #b3cc7155
 def head_is_plain(model: nn.Module) -> bool:
     "True when `head(trunk(x))` equals the model's own logits, so that the head may run on chosen tokens only."
     head = model.get_output_embeddings()
@@ -62,7 +62,7 @@ def label_losses(
         logits = model(**inputs, use_cache=False).logits[rows, positions]
     return F.cross_entropy(logits.float(), labels[rows, positions], reduction="none"), rows
 
-# %% ../nbs/09_loss.ipynb #ee32c7de
+# %% ../nbs/09_loss.ipynb #e44133f2
 def example_losses(
     model: nn.Module,
     batch: dict[str, torch.Tensor],  # from `collate`, on the model's device
