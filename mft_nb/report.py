@@ -8,7 +8,7 @@ __all__ = ['TINY', 'PUBLISHED', 'SECTIONS', 'gather', 'layers_in_words', 'share_
            'budget_table', 'where_they_fall', 'sample', 'pick_samples', 'programs', 'beside_published', 'origin',
            'really_used', 'duration', 'how_it_ran', 'draw', 'write_report', 'publish']
 
-# %% ../nbs/70_report.ipynb #08bbf1cf
+# %% ../nbs/70_report.ipynb #b00f8e1a
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from .page import fenced, split_pictures, to_html
 from .study import Seeds, StudyName, finished, open_stage, read_json, read_jsonl, settings
 from .wording import answer, beside_chance, fine_tuning, listed, measured, rows_against, verdict
 
-# %% ../nbs/70_report.ipynb #beb5caac
+# %% ../nbs/70_report.ipynb #36af69ad
 def gather(study: str, seeds: list[int], methods: list[str]) -> SimpleNamespace:
     "Everything the report says or draws, read from the folders of the finished stages."
     f = SimpleNamespace(study=study, seeds=seeds, methods=methods, focus="sci" if "sci" in methods else methods[0])
@@ -63,7 +63,7 @@ def share_masked(f, method: str) -> str:
     facts = f.influence["metrics"]
     return f"{100 * facts['masked'][method] / facts['band_weights']:.2g}%"
 
-# %% ../nbs/70_report.ipynb #853e58af
+# %% ../nbs/70_report.ipynb #2336dfa9
 TINY = ("**Tiny random model: no result.** This is the smoke study: it runs every step on a model of random weights in "
         "seconds, to show that the machinery works. Its numbers mean nothing.")
 
@@ -96,7 +96,7 @@ def method_in_words(method: str) -> str:
     return f"*{method}* ({m.source}) " + ("zeroes weights drawn at random" if m.formula == "uniform" else
                                           f"zeroes the highest `{m.formula}`")
 
-# %% ../nbs/70_report.ipynb #1a3d2ba3
+# %% ../nbs/70_report.ipynb #eaa17ae6
 def value_cell(row) -> str:
     "A value with its 95% interval: losses with three decimals, shares in percent."
     scale, digits = (100, 1) if INSTRUMENTS[row.instrument].binary else (1, 3)
@@ -150,7 +150,7 @@ def results(f) -> str:
         "seeds and items as crossed random effects for several runs. *Won / lost* counts problems that only one of "
         "the two solves.", tests_table(f)])
 
-# %% ../nbs/70_report.ipynb #28c9389e
+# %% ../nbs/70_report.ipynb #efc17097
 def scan_line(
     method: str,
     scan: pd.DataFrame,  # sets of growing size, zeroed: scan.csv
@@ -207,7 +207,7 @@ def truth(f) -> str:
                             ": for most weights the sign of the score is noise." if agree.mean() < .55 else "."),
                         "![Distribution of the scores by matrix](scores.png)"])
 
-# %% ../nbs/70_report.ipynb #17d895f3
+# %% ../nbs/70_report.ipynb #c2b4d867
 def budget_table(f) -> str:
     "Weights zeroed in each matrix: every layer of the band has the same shapes."
     mask = f.masks[f.focus]
@@ -240,7 +240,7 @@ def where_they_fall(f) -> str:
            "number zeroed by either; in brackets what independent masks would give.",
            "![Overlap of the masks](overlap.png)"] if len(f.methods) > 1 else [])])
 
-# %% ../nbs/70_report.ipynb #0f3a3b9a
+# %% ../nbs/70_report.ipynb #8e04d110
 def sample(f, variant: str, task: str, question: str = "") -> str:
     "One program with its verdict."
     row = next(r for r in f.problems[variant, f.seeds[0]] if r["task_id"] == task)
@@ -275,7 +275,7 @@ def programs(f) -> str:
                   *(sample(f, v, task) for v in ("fft", f.focus))]
     return "\n\n".join(parts)
 
-# %% ../nbs/70_report.ipynb #6886ded0
+# %% ../nbs/70_report.ipynb #be02c0af
 PUBLISHED = [  # source, model, what, HumanEval pass@1 of FFT, with the mask or baseline
     ("MFT paper (arXiv 2503.22764)", "LLaMA2-7B", "learned mask (MFT), 10% of layers 20-23", "29.3", "31.7"),
     ("README of the MFT code", "LLaMA2-7B", "the same", "29.9", "33.5"),
@@ -298,7 +298,7 @@ def beside_published(f) -> str:
         "For single weights, the SCI replication found that the sign of the score agrees with the measured change of "
         "loss in 51.5% of the cases, with a correlation of −0.056."])
 
-# %% ../nbs/70_report.ipynb #149961d4
+# %% ../nbs/70_report.ipynb #c9b94b57
 def origin(model: str) -> str:
     "Where the weights of a model are from."
     if model == "tiny": return "random weights, built in process"
@@ -326,7 +326,7 @@ def really_used(f) -> str:
         f"the answers only. Validation loss went from {curve.eval_loss.iloc[0]:.3f} to {curve.eval_loss.iloc[-1]:.3f} "
         f"(seed {f.seeds[0]}).", "![Training and validation loss over the steps](training.png)"])
 
-# %% ../nbs/70_report.ipynb #c58bb06f
+# %% ../nbs/70_report.ipynb #1cfd44b9
 def duration(seconds: float) -> str:
     "12 s, 3 min 20 s, 2 h 5 min."
     s = round(seconds)
@@ -352,7 +352,7 @@ def how_it_ran(f) -> str:
         "*+changes* means that the working tree differed from that commit. The executed notebook of every stage is in "
         f"`runs/{f.study}/notebooks/`."])
 
-# %% ../nbs/70_report.ipynb #4fa2e49b
+# %% ../nbs/70_report.ipynb #93776c2f
 def draw(f, folder: Path) -> None:
     "All figures of the report, as PNG and SVG."
     seed = f.seeds[0]
@@ -371,7 +371,7 @@ def draw(f, folder: Path) -> None:
         save(figures.overlap_map(f.overlap, expected, f.study), "overlap")
     save(figures.training_curve(f.logs, f.study), "training")
 
-# %% ../nbs/70_report.ipynb #dc8e5f22
+# %% ../nbs/70_report.ipynb #b1a57b96
 SECTIONS = (opening, results, truth, where_they_fall, programs, beside_published, really_used, how_it_ran)
 
 def write_report(study: str, seeds: list[int], methods: list[str]) -> Path:
