@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'EMBEDDED', 'Band', 'ModelName', 'tiny_tokenizer', 'tiny_config', 'embedded_folder', 'source_of',
-           'load_config', 'load_tokenizer', 'load_model', 'layers_of', 'band_syntax', 'resolve_band', 'maskable',
-           'n_layers', 'n_weights', 'check_model']
+           'load_config', 'load_tokenizer', 'load_model', 'weights_of', 'layers_of', 'band_syntax', 'resolve_band',
+           'maskable', 'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #938ad2e2
+# %% ../nbs/02_model.ipynb #da25b9bb
 import os
 import re
 import shutil
@@ -18,6 +18,7 @@ from typing import Annotated
 import torch
 import transformers
 from pydantic import AfterValidator
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -25,7 +26,7 @@ from .device import Device
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #dab8c5c3
+# %% ../nbs/02_model.ipynb #c28c021f
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -46,7 +47,7 @@ def tiny_config() -> LlamaConfig:
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/02_model.ipynb #c88cddd2
+# %% ../nbs/02_model.ipynb #bbce2b4b
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008,
                                           origin="weights dequantised from 4-bit GGUF (Q4_1)")}
 
@@ -71,7 +72,7 @@ def embedded_folder(
     partial.rename(folder)
     return folder
 
-# %% ../nbs/02_model.ipynb #31ee7e74
+# %% ../nbs/02_model.ipynb #b834321f
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -114,7 +115,21 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source_of(name), dtype=dtype)
     return model.to(device.device).eval()
 
-# %% ../nbs/02_model.ipynb #47328b93
+def weights_of(
+    name: str,  # as for `load_model`
+    names: list[str],  # of parameters
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    "Some weights of a model, on the CPU; only these are read when the model is a folder with safetensors."
+    folder, found = Path(source_of(name)), {}
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        with safe_open(path, "pt") as f: found |= {n: f.get_tensor(n).to(dtype) for n in f.keys() if n in set(names)}
+    if set(found) != set(names):  # no folder, or one whose names differ from the parameters'
+        parameters = dict(load_model(name, Device("cpu", dtype, "only read")).named_parameters())
+        found = {n: parameters[n].detach() for n in names}
+    return {n: found[n] for n in names}
+
+# %% ../nbs/02_model.ipynb #c4ee4ed2
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -124,7 +139,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #8fc335a6
+# %% ../nbs/02_model.ipynb #c9d919ec
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -151,7 +166,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #082ae1c8
+# %% ../nbs/02_model.ipynb #0501637a
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -164,7 +179,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #417b5cf7
+# %% ../nbs/02_model.ipynb #24708936
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."
