@@ -7,7 +7,7 @@ __all__ = ['DESCENDING', 'CHUNK', 'MODES', 'NEEDS_BASE', 'kth_highest', 'no_nan'
            'save_mask', 'load_mask', 'load_official', 'save_official', 'masked_weights', 'check_mode', 'mode_of',
            'apply_mask', 'masked', 'jaccard']
 
-# %% ../nbs/03_mask.ipynb #2c1b8a0a
+# %% ../nbs/03_mask.ipynb #c3f83920
 import contextlib
 import json
 import pickle
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #ff4bce45
+# %% ../nbs/03_mask.ipynb #9b292f90
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -48,7 +48,7 @@ def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #bdf1d7c4
+# %% ../nbs/03_mask.ipynb #e457141f
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -58,8 +58,8 @@ def budget(
 
 def top_k(
     scores: torch.Tensor,  # any shape; higher is zeroed first
-    k: int,  # how many, 0 <= k <= scores.numel(); with `per_row` of every row
-    per_row: bool = False,  # choose `k` of every row of a matrix
+    k: int,  # how many, 0 <= k <= scores.numel()
+    per_row: bool = False,  # choose equally many of every row of a matrix, up to one
 ) -> torch.Tensor:
     "Boolean tensor, true at the `k` highest scores, ties to the lower index. Raises ValueError for NaN."
     if per_row: return _top_k_of_rows(scores.detach(), k)
@@ -82,22 +82,22 @@ def top_k(
     return chosen.view(scores.shape)
 
 def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
-    "`top_k` of every row."
+    "`top_k` of every row, with `k` spread over the rows as evenly as it goes."
     if scores.ndim != 2: raise ValueError(f"a budget per row needs a matrix; found shape {tuple(scores.shape)}")
-    if not 0 <= k <= scores.shape[1]: raise ValueError(f"k: found {k}, allowed is 0 to {scores.shape[1]} of a row")
+    if not 0 <= k <= scores.numel(): raise ValueError(f"k: found {k}, allowed is 0 to {scores.numel()}")
     no_nan(scores)
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if not k: return chosen
+    shares = (torch.arange(len(scores) + 1, dtype=torch.float64) * k / len(scores)).round().long().diff()[:, None]
     step = max(1, 4 * CHUNK // scores.shape[1])
-    for rows, out in zip(scores.split(step), chosen.split(step), strict=True):
-        if rows.dtype in (torch.float16, torch.bfloat16): rows = rows.float()
-        threshold = rows.kthvalue(rows.shape[1] - k + 1, dim=1, keepdim=True).values
-        out.copy_(rows > threshold)
-        ties, open_places = rows == threshold, k - out.sum(1, keepdim=True, dtype=torch.int32)
-        out |= ties & (ties.cumsum(1, dtype=torch.int32) <= open_places)
+    for rows, out, ks in zip(scores.split(step), chosen.split(step), shares.to(scores.device).split(step), strict=True):
+        threshold = rows.sort(dim=1, descending=True).values.gather(1, (ks - 1).clamp(min=0))
+        out.copy_((rows > threshold) & (ks > 0))
+        ties, open_places = rows == threshold, ks - out.sum(1, keepdim=True)
+        out |= ties & (ties.cumsum(1) <= open_places)
     return chosen
 
-# %% ../nbs/03_mask.ipynb #86550e44
+# %% ../nbs/03_mask.ipynb #ea0d6d42
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -115,16 +115,16 @@ class Mask:
                     per_row: bool = False, transposed: Collection[str] = (), **provenance):
         """Zero the highest scores, `budget(numel, keep)` per matrix.
         With `positive_only`, scores <= 0 are never chosen: fewer weights than the budget may be zeroed.
-        With `per_row`, the budget holds for each output: for rows (out, in), and for columns of the names in
+        With `per_row`, it is spread evenly over the outputs: over rows (out, in), and over columns of the names in
         `transposed`, which are stored (in, out); see `stored_transposed`."""
         masked, asked = {}, 0
         for name, s in scores.items():
             s = s.T if name in transposed else s
-            k = budget(s.shape[-1] if per_row else s.numel(), keep)
+            k = budget(s.numel(), keep)
             m = top_k(s, k, per_row)
             if positive_only: m &= s > 0
             masked[name] = m.T.contiguous() if name in transposed else m
-            asked += k * (s.shape[0] if per_row else 1)
+            asked += k
         return cls(masked, dict(provenance, keep=keep, asked=asked, **(dict(per_row=True) if per_row else {})))
 
     def count(self) -> int:
@@ -148,12 +148,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #02e4d777
+# %% ../nbs/03_mask.ipynb #52520ae6
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #0904e1ce
+# %% ../nbs/03_mask.ipynb #07861d08
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -174,7 +174,7 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #d7327cf8
+# %% ../nbs/03_mask.ipynb #d98d27fa
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
     try:
@@ -194,7 +194,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #94a5cd32
+# %% ../nbs/03_mask.ipynb #dff96abf
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -227,7 +227,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #35053fd6
+# %% ../nbs/03_mask.ipynb #07e6e511
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -263,7 +263,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #df90f842
+# %% ../nbs/03_mask.ipynb #75364379
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -293,7 +293,7 @@ def masked(
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #7ff8bd53
+# %% ../nbs/03_mask.ipynb #1abddeb4
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SUFFIXES', 'MethodName', 'Methods', 'Evidence', 'Method', 'damped', 'brain_surgeon', 'sparsegpt',
-           'known_method', 'stems', 'collect', 'needs_backward', 'is_transposed', 'empty_sums', 'means_of', 'save_sums',
-           'watched', 'whole_gradient', 'evidence_of', 'transposed_of', 'scores_of', 'mask_of']
+           'known_method', 'stems', 'collect', 'needs_backward', 'empty_sums', 'means_of', 'save_sums', 'watched',
+           'whole_gradient', 'evidence_of', 'scores_of', 'mask_of']
 
-# %% ../nbs/25_scores.ipynb #64deedbb
+# %% ../nbs/25_scores.ipynb #a118fc02
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from torch import nn
 
 from .device import Device
 from .loss import by_length, collate, example_losses, head_is_plain
-from .mask import Mask, budget, top_k
+from .mask import Mask, budget, stored_transposed, top_k
 from .model import layers_of
 from .study import no_repeats
 
-# %% ../nbs/25_scores.ipynb #04c8db53
+# %% ../nbs/25_scores.ipynb #947bd2d6
 @dataclass
 class Evidence:
     "What is known about one weight matrix; `None` is what no chosen method needs."
@@ -52,7 +52,7 @@ class Method:
     mode: str = "zero"  # how the mask is applied, from mft_nb.mask.MODES
     solve: Callable[[Evidence, int], tuple[torch.Tensor, torch.Tensor]] | None = None  # mask and new weights at once
 
-# %% ../nbs/25_scores.ipynb #4281d08e
+# %% ../nbs/25_scores.ipynb #dc1216c1
 def damped(gram: torch.Tensor, share: float = .01) -> torch.Tensor:
     "The Gram matrix in float64 with 1% of its mean diagonal added, so that it can be inverted (as SparseGPT does)."
     found = gram.double()
@@ -79,7 +79,7 @@ def sparsegpt(e: Evidence, k: int, block: int = 128) -> tuple[torch.Tensor, torc
         w[:, start:end][masked[:, start:end]] = 0
     return masked, w.to(e.w.dtype)
 
-# %% ../nbs/25_scores.ipynb #bbe8de84
+# %% ../nbs/25_scores.ipynb #070d6081
 METHODS = {
     # signed: harmful weights first
     "sci": Method("sign(w) g", "Sign-Corrected Influence", lambda e: e.w.sign() * e.g, ("gradient",), signed=True),
@@ -123,7 +123,7 @@ def stems(methods: list[str]) -> list[str]:
     "The methods behind a list with suffixes, each once."
     return list(dict.fromkeys(m.partition(".")[0] for m in methods))
 
-# %% ../nbs/25_scores.ipynb #7c6d4208
+# %% ../nbs/25_scores.ipynb #6baae343
 def collect(
     model: nn.Module,
     weights: dict[str, nn.Parameter],  # from `maskable`
@@ -161,17 +161,13 @@ def needs_backward(needs) -> bool:
     "Whether anything asked for comes from a backward pass."
     return bool({"gradient", "squares"} & set(needs))
 
-def is_transposed(module: nn.Module) -> bool:
-    "GPT-2's Conv1D stores its weight as (inputs, outputs)."
-    from transformers.pytorch_utils import Conv1D
-    return isinstance(module, Conv1D)
-
 def empty_sums(weights, needs, model) -> dict[str, torch.Tensor]:
     "Zeros for everything that is summed."
     device = next(iter(weights.values())).device
     sums = {f"n/{what}": torch.zeros((), device=device) for what in ("even", "odd", "tokens")}
+    flipped = stored_transposed(model)
     for name, w in weights.items():
-        inputs = w.shape[0 if is_transposed(model.get_submodule(name.removesuffix(".weight"))) else 1]
+        inputs = w.shape[0 if name in flipped else 1]
         shapes = dict(gradient=w.shape, squares=w.shape, inputs=(inputs,), gram=(inputs, inputs))
         for need in needs:
             for key in ("even", "odd") if need == "gradient" else (need,):
@@ -190,12 +186,13 @@ def save_sums(sums: dict[str, torch.Tensor], path: Path, batches: int) -> None:
     save_file({n: t.cpu() for n, t in sums.items()}, part, metadata=dict(batches=str(batches)))
     os.replace(part, path)
 
-# %% ../nbs/25_scores.ipynb #5b9c58f7
+# %% ../nbs/25_scores.ipynb #09ab1123
 class watched:
     """Hooks that add what the layers of `weights` see to `sums`: a context manager that yields `watch(half, mask)`, to
     be called before each batch. Layers that share an input share the work of its Gram matrix."""
     def __init__(self, model, weights, sums, needs):
         self.model, self.sums, self.needs, self.backward = model, sums, set(needs), needs_backward(needs)
+        self.flipped = stored_transposed(model)
         self.modules = {n: model.get_submodule(n.removesuffix(".weight")) for n in weights}
 
     def __enter__(self):
@@ -220,8 +217,8 @@ class watched:
     def forward(self, name, module, args, output):
         if self.needs & {"inputs", "gram"}: self.see_input(name, args[0])
         if self.backward:
-            x, transposed = args[0].detach(), is_transposed(module)
-            output.register_hook(lambda d: self.see_gradient(name, transposed, x, d))
+            x = args[0].detach()
+            output.register_hook(lambda d: self.see_gradient(name, x, d))
 
     def see_input(self, name, x):
         if self.last[0] is not x:  # query, key and value look at the same tensor
@@ -231,8 +228,8 @@ class watched:
         if "inputs" in self.needs: self.sums[f"inputs/{name}"] += square
         if "gram" in self.needs: self.sums[f"gram/{name}"] += gram
 
-    def see_gradient(self, name, transposed, x, d):
-        left, right = (x, d) if transposed else (d, x)
+    def see_gradient(self, name, x, d):
+        left, right = (x, d) if name in self.flipped else (d, x)
         half = self.sums.get(f"{self.half}/{name}")
         if "squares" not in self.needs:
             half += left.flatten(0, 1).T @ right.flatten(0, 1)
@@ -242,7 +239,7 @@ class watched:
             self.sums[f"squares/{name}"].addcmul_(g, g)
             if half is not None: half += g
 
-# %% ../nbs/25_scores.ipynb #f10e2868
+# %% ../nbs/25_scores.ipynb #a2cfcd72
 def whole_gradient(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The gradient over all examples from `collect`."
     a, b = found["n/even"], found["n/odd"]
@@ -253,7 +250,7 @@ def evidence_of(
     found: dict[str, torch.Tensor],  # from `collect`; may be empty
     weights: dict[str, torch.Tensor],  # the fine-tuned weights
     base: dict[str, torch.Tensor] | None = None,  # the same before fine-tuning
-    transposed: frozenset[str] = frozenset(),  # from `transposed_of`
+    transposed: frozenset[str] = frozenset(),  # from `stored_transposed`
     gradient: dict[str, torch.Tensor] | None = None,  # another one than the mean of `found`
 ) -> dict[str, Evidence]:
     "What is known about each matrix: float32, on the CPU, as (outputs, inputs)."
@@ -267,10 +264,6 @@ def evidence_of(
             ours(w), ours(gradient.get(name)), ours(found.get(f"squares/{name}")),
             None if x is None else x.cpu().sqrt(), None if gram is None else gram.cpu(), ours((base or {}).get(name)), transposed=flip)
     return evidence
-
-def transposed_of(model: nn.Module, names) -> frozenset[str]:
-    "The weights that are stored as (inputs, outputs)."
-    return frozenset(n for n in names if is_transposed(model.get_submodule(n.removesuffix(".weight"))))
 
 def scores_of(
     method: str,  # a key of METHODS
