@@ -6,7 +6,7 @@
 __all__ = ['MasterAdamW', 'training_order', 'trained', 'save_trained', 'load_trained', 'Meter', 'ReleaseMemory', 'ChatTrainer',
            'last_checkpoint', 'make_trainer']
 
-# %% ../nbs/18_train.ipynb #201beba2
+# %% ../nbs/18_train.ipynb #32ba362f
 import ctypes
 import json
 import shutil
@@ -26,7 +26,7 @@ from .device import Device
 from .loss import collate, evaluate_losses, head_is_plain, label_losses
 from .study import progress, settings
 
-# %% ../nbs/18_train.ipynb #198225fb
+# %% ../nbs/18_train.ipynb #dd91320b
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -59,7 +59,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/18_train.ipynb #e8ccc5d6
+# %% ../nbs/18_train.ipynb #c14bdb83
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -79,7 +79,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/18_train.ipynb #ed9b86a9
+# %% ../nbs/18_train.ipynb #f7cf731a
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that training changes, by name. Raises ValueError when there is none."
     found = {n: p for n, p in net.named_parameters() if p.requires_grad}
@@ -94,11 +94,12 @@ def save_trained(net: nn.Module, path: Path) -> None:
 def load_trained(net: nn.Module, path: Path) -> None:
     "Read what `save_trained` wrote. Raises ValueError when names or shapes are not those of the model."
     mine, saved = trained(net), load_file(path)
-    if other := sorted({(n, tuple(t.shape)) for n, t in mine.items()} ^ {(n, tuple(t.shape)) for n, t in saved.items()}):
+    shapes = lambda tensors: {(n, tuple(t.shape)) for n, t in tensors.items()}
+    if other := sorted(shapes(mine) ^ shapes(saved)):
         raise ValueError(f"{Path(path).name}: not the trained parameters of this model, for instance {other[0]}")
     for n, p in mine.items(): p.copy_(saved[n])
 
-# %% ../nbs/18_train.ipynb #862972be
+# %% ../nbs/18_train.ipynb #4acec052
 class Meter(TrainerCallback):
     "Counts tokens and seconds of training; shows tokens, rate, ETA and loss on the terminal."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -129,7 +130,7 @@ class ReleaseMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
-# %% ../nbs/18_train.ipynb #cd7748da
+# %% ../nbs/18_train.ipynb #87ca0c52
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss`, a fixed order of examples and small checkpoints."
     weights_file = "trained.safetensors"
@@ -176,7 +177,7 @@ class ChatTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_trained(model or self.model, Path(resume_from_checkpoint) / self.weights_file)
 
-# %% ../nbs/18_train.ipynb #99b05cdf
+# %% ../nbs/18_train.ipynb #d9350b5f
 def last_checkpoint(folder: Path) -> str | None:
     "The newest complete checkpoint; the Trainer writes `trainer_state.json` last, so without it one is half-written."
     found = None

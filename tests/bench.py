@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mft_nb.chat import encode_rows, template_ids
 from mft_nb.device import inference, pick_device
-from mft_nb.finetune import make_trainer
+from mft_nb.train import make_trainer
 from mft_nb.generate import generate_batch
 from mft_nb.humaneval import chat_prompt, load_humaneval
 from mft_nb.influence import band_gradients
