@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DESCENDING', 'CHUNK', 'MODES', 'NEEDS_BASE', 'kth_highest', 'no_nan', 'budget', 'top_k', 'Mask', 'stored_transposed',
-           'save_mask', 'load_mask', 'load_official', 'save_official', 'masked_weights', 'check_mode', 'mode_of',
-           'apply_mask', 'masked', 'jaccard']
+           'save_mask', 'read_provenance', 'load_mask', 'load_official', 'save_official', 'masked_weights',
+           'check_mode', 'mode_of', 'apply_mask', 'masked', 'jaccard']
 
-# %% ../nbs/03_mask.ipynb #c3f83920
+# %% ../nbs/03_mask.ipynb #7d1023ea
 import contextlib
 import json
 import pickle
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #9b292f90
+# %% ../nbs/03_mask.ipynb #4e03598d
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -48,7 +48,7 @@ def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #e457141f
+# %% ../nbs/03_mask.ipynb #4ad6cb32
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -91,13 +91,17 @@ def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
     shares = (torch.arange(len(scores) + 1, dtype=torch.float64) * k / len(scores)).round().long().diff()[:, None]
     step = max(1, 4 * CHUNK // scores.shape[1])
     for rows, out, ks in zip(scores.split(step), chosen.split(step), shares.to(scores.device).split(step), strict=True):
-        threshold = rows.sort(dim=1, descending=True).values.gather(1, (ks - 1).clamp(min=0))
-        out.copy_((rows > threshold) & (ks > 0))
+        if rows.dtype in (torch.float16, torch.bfloat16): rows = rows.float()
+        threshold = torch.full_like(rows[:, :1], float("inf"))
+        for k_row in ks.unique().tolist():  # one or two: rows get equally many up to one
+            own = (ks == k_row).flatten()
+            if k_row: threshold[own] = rows[own].kthvalue(rows.shape[1] - k_row + 1, dim=1, keepdim=True).values
+        out.copy_(rows > threshold)
         ties, open_places = rows == threshold, ks - out.sum(1, keepdim=True)
-        out |= ties & (ties.cumsum(1) <= open_places)
+        out |= ties & (ties.cumsum(1, dtype=torch.int32) <= open_places)
     return chosen
 
-# %% ../nbs/03_mask.ipynb #ea0d6d42
+# %% ../nbs/03_mask.ipynb #f5766775
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -148,12 +152,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #52520ae6
+# %% ../nbs/03_mask.ipynb #bae7cf38
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #07861d08
+# %% ../nbs/03_mask.ipynb #542e908c
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -162,19 +166,27 @@ def save_mask(mask: Mask, path: str | Path) -> Path:
     save_file(packed, path, metadata=dict(about=json.dumps(about)))  # one key: safetensors shuffles several
     return Path(path)
 
+def _about(file, path) -> dict:
+    "What the metadata of an open mask file say: format, shapes, provenance."
+    meta = json.loads((file.metadata() or {}).get("about", "{}"))
+    if meta.get("format") != "mft_nb mask 1":
+        raise ValueError(f"{path}: found format {meta.get('format')!r}, allowed is 'mft_nb mask 1'")
+    return meta
+
+def read_provenance(path: str | Path) -> dict:
+    "Where a mask file comes from, without loading the mask. Raises ValueError when it is none."
+    with safe_open(path, framework="pt") as f: return _about(f, path)["provenance"]
+
 def load_mask(path: str | Path) -> Mask:
     "Read a mask file. Raises ValueError when it is none."
     with safe_open(path, framework="pt") as f:
-        meta = json.loads((f.metadata() or {}).get("about", "{}"))
-        if meta.get("format") != "mft_nb mask 1":
-            raise ValueError(f"{path}: found format {meta.get('format')!r}, allowed is 'mft_nb mask 1'")
-        masked = {}
+        meta, masked = _about(f, path), {}
         for name, shape in meta["shapes"].items():
             bits = np.unpackbits(f.get_tensor(name).numpy(), count=int(np.prod(shape)))
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #d98d27fa
+# %% ../nbs/03_mask.ipynb #3ec92581
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
     try:
@@ -194,7 +206,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #dff96abf
+# %% ../nbs/03_mask.ipynb #5e40efb6
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -227,7 +239,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #07e6e511
+# %% ../nbs/03_mask.ipynb #e52470b6
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -263,7 +275,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #75364379
+# %% ../nbs/03_mask.ipynb #bcafc29e
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -293,7 +305,7 @@ def masked(
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #1abddeb4
+# %% ../nbs/03_mask.ipynb #0e9b33c7
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()
