@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'ALPHA', 'POWER', 'Instrument', 'wilson', 'mcnemar_p', 'tango', 'mcnemar_power', 'detectable_flips',
-           'bootstrap_mean', 'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'outcomes', 'values_of',
-           'value_row', 'difference_row', 'runs_of', 'all_values', 'all_tests', 'all_flips', 'compare']
+           'resamples', 'bootstrap_mean', 'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'outcomes',
+           'tables_of', 'values_of', 'measured_by', 'value_row', 'difference_row', 'families', 'runs_of', 'all_values',
+           'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #13735d5c
+# %% ../nbs/60_compare.ipynb #9aae939b
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ import pandas as pd
 from scipy import optimize, stats
 from statsmodels.stats.proportion import proportion_confint
 
-from .influence import Methods
+from .finetune import Recipes
+from .learn_mask import Learners
+from .scores import Methods
 from .study import Count, Seeds, StudyName, finished, open_stage, read_jsonl
 
-# %% ../nbs/60_compare.ipynb #106ba2f8
+# %% ../nbs/60_compare.ipynb #9c21b414
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -38,18 +42,18 @@ INSTRUMENTS = {
 }
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #b3906339
+# %% ../nbs/60_compare.ipynb #e121c54d
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #7f7fcc83
+# %% ../nbs/60_compare.ipynb #4da05b32
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #af3cf875
+# %% ../nbs/60_compare.ipynb #5cd39737
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -62,7 +66,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #bf13a998
+# %% ../nbs/60_compare.ipynb #292fa479
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -82,7 +86,14 @@ def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
     return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #eab402ff
+# %% ../nbs/60_compare.ipynb #91883598
+@lru_cache(maxsize=4)
+def resamples(n: int, draws: int, seed: int) -> np.ndarray:
+    "How often each of n examples is drawn, for each resample: uint8 (draws x n)."
+    rng, rows = np.random.default_rng(seed), max(1, 10**7 // n)
+    return np.concatenate([rng.multinomial(n, [1 / n] * n, min(rows, draws - i)).astype(np.uint8)
+                           for i in range(0, draws, rows)])
+
 def bootstrap_mean(
     values: np.ndarray,  # one per example
     draws: int,
@@ -91,8 +102,8 @@ def bootstrap_mean(
     "95% expanded percentile interval of the mean, two-sided p of 'mean 0', standard error. NaN for a single value."
     values, n = np.asarray(values, float), len(values)
     if n < 2: return np.nan, np.nan, 1., np.nan
-    means = stats.bootstrap((values,), np.mean, n_resamples=draws, batch=max(1, 10**7 // n), vectorized=True,
-                            method="percentile", rng=np.random.default_rng(seed)).bootstrap_distribution
+    counts = resamples(n, draws, seed)
+    means = np.concatenate([part @ values / n for part in np.array_split(counts, 1 + counts.size // 10**7)])
     wider = (n / (n - 1)) ** .5
     level = stats.norm.cdf(stats.t.ppf(ALPHA / 2, n - 1) * wider)
     low, high = np.quantile(means, [level, 1 - level])
@@ -100,7 +111,7 @@ def bootstrap_mean(
     p = min(1., 2 * stats.t.cdf(stats.norm.ppf(min(tail, .5)) / wider, n - 1))
     return float(low), float(high), float(p), float(values.std(ddof=1) / n**.5)
 
-# %% ../nbs/60_compare.ipynb #241323b9
+# %% ../nbs/60_compare.ipynb #3fa187f1
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -121,12 +132,12 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #5fbf86ce
+# %% ../nbs/60_compare.ipynb #a2f5b2b3
 def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
     "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
     return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
 
-# %% ../nbs/60_compare.ipynb #c2130ce1
+# %% ../nbs/60_compare.ipynb #1e860980
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
     p, order = np.asarray(p, float), np.argsort(p, kind="stable")
@@ -134,7 +145,7 @@ def holm(p: list[float]) -> list[float]:
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted.tolist()
 
-# %% ../nbs/60_compare.ipynb #913cccbc
+# %% ../nbs/60_compare.ipynb #1f4301a9
 def outcomes(
     study: str,
     variants: list[str],
@@ -148,8 +159,8 @@ def outcomes(
             here = dict(variant=variant, seed=seed)
             rows += [dict(here, instrument="validation_loss", item=str(r["example"]), value=r["loss"])
                      for r in read_jsonl(folder / "losses.jsonl")]
-            for r in read_jsonl(folder / "problems.jsonl"):
-                found = dict(reference_loss=r["reference_loss"], pass_at_1=r["base"], pass_at_1_plus=r["plus"])
+            for r in read_jsonl(folder / "problems.jsonl"):  # without answers there are no verdicts
+                found = dict(reference_loss=r["reference_loss"], pass_at_1=r.get("base"), pass_at_1_plus=r.get("plus"))
                 rows += [dict(here, instrument=i, item=r["task_id"], value=float(v))
                          for i, v in found.items() if v is not None]
     found = pd.DataFrame(rows)
@@ -160,13 +171,22 @@ def outcomes(
                              "evaluate them again with the same data and problems")
     return found
 
-def values_of(found: pd.DataFrame, instrument: str, variant: str, seeds: list[int]) -> np.ndarray:
-    "The (seeds x items) table of one variant; `base` is repeated for every seed."
-    part = found[(found.instrument == instrument) & (found.variant == variant)]
-    wide = part.pivot(index="seed", columns="item", values="value")
+def tables_of(found: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    "The (seeds x items) table of every (instrument, variant)."
+    order = found.drop_duplicates(["instrument", "item"]).groupby("instrument").item.agg(list)
+    return {key: part.pivot(index="seed", columns="item", values="value")[order[key[0]]]
+            for key, part in found.groupby(["instrument", "variant"], sort=False)}
+
+def values_of(tables: dict, instrument: str, variant: str, seeds: list[int]) -> np.ndarray:
+    "The (seeds x items) table of one variant as an array; `base` is repeated for every seed."
+    wide = tables[instrument, variant]
     return wide.loc[list(seeds) if variant != "base" else [wide.index[0]] * len(seeds)].to_numpy()
 
-# %% ../nbs/60_compare.ipynb #495d2456
+def measured_by(tables: dict) -> list[str]:
+    "The instruments that the study has, in their order."
+    return [i for i in INSTRUMENTS if any(i == name for name, _ in tables)]
+
+# %% ../nbs/60_compare.ipynb #985f19a9
 def value_row(values: np.ndarray, binary: bool, draws: int) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table."
     S, n = values.shape
@@ -199,61 +219,69 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #250c6eb8
+# %% ../nbs/60_compare.ipynb #65ac7a0c
+def families(recipes: list[str], masks: list[str]) -> list[tuple[str, list[str]]]:
+    "What is tested against what: (reference, variants), the families within which Holm counts."
+    found = [("fft", ["base", *recipes]), ("fft", masks)]
+    if "random" in masks: found.append(("random", [m for m in masks if m != "random"]))
+    return [f for f in found if f[1]]
+
 def runs_of(seeds: list[int]) -> list[tuple[str, list[int]]]:
     "What is reported: each run on its own when there are several, and `all` of them together."
     return [*((str(s), [s]) for s in seeds if len(seeds) > 1), ("all", seeds)]
 
-def all_values(found: pd.DataFrame, variants: list[str], seeds: list[int], draws: int) -> pd.DataFrame:
+def all_values(tables: dict, variants: list[str], seeds: list[int], draws: int) -> pd.DataFrame:
     "table.csv: instrument, variant, seed (a number or `all`), n, passed, value, low, high."
     rows = []
-    for instrument in [i for i in INSTRUMENTS if (found.instrument == i).any()]:
+    for instrument in measured_by(tables):
         for variant in variants:
             mine = seeds[:1] if variant == "base" else seeds
             for name, chosen in runs_of(mine):
-                values = values_of(found, instrument, variant, chosen)
+                values = values_of(tables, instrument, variant, chosen)
                 rows.append(dict(instrument=instrument, variant=variant, seed=name)
                             | value_row(values, INSTRUMENTS[instrument].binary, draws))
     return pd.DataFrame(rows)
 
-def all_tests(found: pd.DataFrame, methods: list[str], seeds: list[int], draws: int) -> pd.DataFrame:
-    "tests.csv: each variant against fft and random; difference = variant - against; p_holm within a family."
-    families = [("fft", ["base"]), ("fft", methods), ("random", [m for m in methods if m != "random"])]
-    families = [(a, vs) for a, vs in families if vs and (a == "fft" or a in methods)]
+def all_tests(tables: dict, recipes: list[str], masks: list[str], seeds: list[int], draws: int) -> pd.DataFrame:
+    """tests.csv: each variant against fft and random; difference = variant - against; p_holm within a family of
+    `family` tests."""
     rows = []
-    for instrument in [i for i in INSTRUMENTS if (found.instrument == i).any()]:
+    for instrument in measured_by(tables):
         binary = INSTRUMENTS[instrument].binary
-        for (against, variants), (name, chosen) in [(f, r) for f in families for r in runs_of(seeds)]:
-            other = values_of(found, instrument, against, chosen)
-            family = [dict(instrument=instrument, variant=v, against=against, seed=name)
-                      | difference_row(values_of(found, instrument, v, chosen), other, binary, draws,
-                                       ALPHA / len(variants)) for v in variants]
-            rows += [r | dict(p_holm=p) for r, p in zip(family, holm([r["p"] for r in family]), strict=True)]
+        for (against, variants), (name, chosen) in [(f, r) for f in families(recipes, masks) for r in runs_of(seeds)]:
+            other = values_of(tables, instrument, against, chosen)
+            here = dict(against=against, seed=name, family=len(variants))
+            found = [dict(instrument=instrument, variant=v, **here)
+                     | difference_row(values_of(tables, instrument, v, chosen), other, binary, draws,
+                                      ALPHA / len(variants)) for v in variants]
+            rows += [r | dict(p_holm=p) for r, p in zip(found, holm([r["p"] for r in found]), strict=True)]
     return pd.DataFrame(rows)
 
-def all_flips(found: pd.DataFrame, variants: list[str], seeds: list[int]) -> pd.DataFrame:
+def all_flips(tables: dict, variants: list[str], seeds: list[int]) -> pd.DataFrame:
     "flips.csv: problems whose verdict differs from fft's: variant, seed, task_id, flip (gained or lost)."
-    passes = found[found.instrument == "pass_at_1"]
     rows = []
-    for variant, seed in [(v, s) for v in variants for s in seeds]:
-        mine = passes[(passes.variant == variant) & (passes.seed == (seeds[0] if variant == "base" else seed))]
-        fft = passes[(passes.variant == "fft") & (passes.seed == seed)].set_index("item").value
-        rows += [dict(variant=variant, seed=seed, task_id=r.item, flip="gained" if r.value else "lost")
-                 for r in mine.itertuples() if r.value != fft[r.item]]
+    for variant, seed in [(v, s) for v in variants for s in seeds if ("pass_at_1", v) in tables]:
+        mine, fft = (tables["pass_at_1", v] for v in (variant, "fft"))
+        change = mine.loc[seeds[0] if variant == "base" else seed] - fft.loc[seed]
+        rows += [dict(variant=variant, seed=seed, task_id=task, flip="gained" if x > 0 else "lost")
+                 for task, x in change[change != 0].items()]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip"])
 
-# %% ../nbs/60_compare.ipynb #a8e459e1
-def compare(study: str, seeds: list[int], methods: list[str], bootstrap_draws: int) -> Path:
+# %% ../nbs/60_compare.ipynb #c1b4fff8
+def compare(
+    study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str], bootstrap_draws: int,
+) -> Path:
     "Compare all variants of a study; returns runs/<study>/compare. Parameters as in the cell above."
-    params, variants = dict(locals()), ["base", "fft", *methods]
+    params, masks = dict(locals()), [*methods, *learners]
+    variants = ["base", "fft", *recipes, *masks]
     inputs = tuple(finished(study, f"evaluate/{v}-seed{s}") for v in variants
                    for s in (seeds[:1] if v == "base" else seeds))
     with open_stage("compare", study, params, inputs) as stage:
         if stage.done: return stage.path
-        found = outcomes(study, variants, seeds)
-        tests = all_tests(found, methods, seeds, bootstrap_draws)
-        all_values(found, variants, seeds, bootstrap_draws).to_csv(stage.work / "table.csv", index=False)
+        tables = tables_of(outcomes(study, variants, seeds))
+        tests = all_tests(tables, recipes, masks, seeds, bootstrap_draws)
+        all_values(tables, variants, seeds, bootstrap_draws).to_csv(stage.work / "table.csv", index=False)
         tests.to_csv(stage.work / "tests.csv", index=False)
-        flips = all_flips(found, variants[:1] + variants[2:], seeds)
+        flips = all_flips(tables, [v for v in variants if v != "fft"], seeds)
         flips.to_csv(stage.work / "flips.csv", index=False)
-        return stage.finish(dict(tests=len(tests), flips=len(flips)))
+        return stage.finish(dict(tests=len(tests), flips=len(flips), instruments=measured_by(tables)))

@@ -9,25 +9,45 @@ from mft_nb.mask import Mask, jaccard, save_mask
 from mft_nb.study import write_json, write_jsonl
 
 METHODS = ["sci", "taylor", "magnitude", "random"]
+LEARNERS = ["mft"]
+SMALL = dict(recipes=[], methods=METHODS, learners=LEARNERS)
 SHAPES = {"self_attn.q_proj": (48, 48), "self_attn.o_proj": (48, 48), "mlp.up_proj": (96, 48),
           "mlp.down_proj": (48, 96)}
+EFFECTS = dict(base=.6, fft=0., continued=-.03, average=-.02, lora=.02, wise=.1, decay=.004, sci=.05, taylor=.01,
+               magnitude=.3, random=.02, mft=-.01)
 
 
-def manifest(folder, stage, params, **facts):
+def large() -> dict:
+    "The variants of a study with everything: every recipe, method, way to apply a mask, and learner that there is."
+    from mft_nb.finetune import RECIPES
+    from mft_nb.learn_mask import LEARNERS
+    from mft_nb.scores import METHODS
+    methods = [*METHODS, "sci.reset", "taylor.reset", "random.rescale", "random.reset", "sci.best", "taylor.best",
+               "magnitude.best"]
+    return dict(recipes=[r for r in RECIPES if r != "fft"], methods=methods, learners=list(LEARNERS))
+
+
+def effect_of(variant):
+    "How much higher the losses of a variant are than those of fft."
+    if variant in EFFECTS: return EFFECTS[variant]
+    rng = np.random.default_rng(list(variant.encode()))
+    return float(rng.choice([.002, .02, .2, 2, 5]) * rng.uniform(-.1, 1))
+
+
+def manifest(folder, params, **facts):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "manifest.json", dict(
-        stage=stage, made="2025-01-01 00:00:00 UTC", identity="made up", params=params, inputs={}, outputs={},
+        stage=folder.name, made="2025-01-01 00:00:00 UTC", identity="made up", params=params, inputs={}, outputs={},
         seconds=12.3, peak_memory_gb=1.5, versions=dict(python="3.11", torch="2"), git="0123456789ab",
         device="cpu, float32 (the CPU has no bfloat16 instructions)") | facts)
 
 
-def make_study(runs, study="made-up", seeds=(0,), methods=METHODS, effects=None, examples=40, problems=20, layers=3,
-               model="smollm2-135m-instruct", plus=False):
-    """Write runs/<study>/{data,finetune,influence,evaluate}. `effects`: variant -> shift of its losses against fft;
-    a variant passes fewer problems the larger it is."""
-    effects = dict(base=.6, sci=.05, taylor=.01, magnitude=.3, random=.02) | (effects or {})
-    rng, folder = np.random.default_rng(0), runs / study
-    manifest(folder / "data", "data", dict(data_seed=0), metrics=dict(train=30, gradient=20, validation=examples))
+def make_study(runs, study="made-up", seeds=(0,), recipes=(), methods=METHODS, learners=LEARNERS, effects=None,
+               examples=40, problems=20, layers=3, model="smollm2-135m-instruct", plus=False, answers=True, extra=False):
+    """Write runs/<study>/{data,finetune,influence,learn_mask,evaluate}, and {sweep,truth,surface} when `extra`.
+    `effects`: variant -> shift of its losses against fft; a variant passes fewer problems the larger it is."""
+    rng, folder, effects = np.random.default_rng(0), runs / study, effects or {}
+    manifest(folder / "data", dict(data_seed=0), metrics=dict(train=30, gradient=20, validation=examples))
     write_json(folder / "data/card.json", dict(
         study=study, contaminated=[dict(row="a", problem="HumanEval/3", evidence="shared words")],
         sources={"package:numpy": dict(version="2.4", licence="BSD-3-Clause", schema="functions with docstrings")},
@@ -35,41 +55,80 @@ def make_study(runs, study="made-up", seeds=(0,), methods=METHODS, effects=None,
         twins=dict(exact=1, near=2, all=[]), checked=dict(HumanEval="164 problems"), hashes={}, refused={}))
     ease, hard = rng.normal(1, .4, examples), rng.normal(0, 1, problems)
     tasks = [f"HumanEval/{i * 164 // problems}" for i in range(problems)]
+    stems = list(dict.fromkeys(m.split(".")[0] for m in methods))
+    shift = lambda v: effects.get(v, effect_of(v))
     for seed in seeds:
-        tuned = folder / f"finetune/seed{seed}"
-        manifest(tuned, f"seed{seed}", dict(model=model, epochs=2, learning_rate=1e-4, batch_size=8, seed=seed),
-                 metrics=dict(examples=30, tokens=9000, steps=40, training_seconds=11.))
-        log = [dict(step=s, loss=1.4 * np.exp(-s / 30) + .5 + rng.normal(0, .05)) for s in range(1, 41)]
-        log += [dict(step=s, eval_loss=1.3 * np.exp(-s / 25) + .7) for s in range(0, 41, 10)]
-        write_jsonl(tuned / "log.jsonl", log)
-        make_influence(folder / f"influence/seed{seed}", study, seed, methods, layers, model)
-        for variant in ["base", "fft", *methods]:
+        for recipe in ["fft", *recipes]: make_training(folder, recipe, seed, model, shift(recipe))
+        make_influence(folder / f"influence/seed{seed}", study, seed, stems, layers, model)
+        for learner in learners: make_learned(folder / f"learn_mask/{learner}-seed{seed}", learner, seed, layers, model)
+        best = [m.removesuffix(".best") for m in methods if m.endswith(".best")]
+        if best or extra: make_sweep(folder / f"sweep/seed{seed}", best or stems[:3], seed, layers)
+        variants = ["base", "fft", *recipes, *methods, *learners]
+        if extra:
+            make_truth(folder / f"truth/seed{seed}", [s for s in stems if s not in ("dare", "ties")])
+            make_surface(folder / f"surface/seed{seed}", [v for v in variants if v != "wise"], shift)
+        for variant in variants:
             if variant == "base" and seed != seeds[0]: continue
-            make_evaluation(folder / f"evaluate/{variant}-seed{seed}", variant, seed, effects.get(variant, 0.),
-                            ease, hard, tasks, plus, np.random.default_rng([seed, *variant.encode()]))
+            make_evaluation(folder / f"evaluate/{variant}-seed{seed}", variant, seed, shift(variant), ease, hard, tasks,
+                            plus, answers, np.random.default_rng([seed, *variant.encode()]))
     return folder
+
+
+def curve(steps, per_step, low, seed):
+    "Log of a training: loss of each step, validation loss now and then."
+    rng, rows = np.random.default_rng(seed), []
+    for s in range(0, steps + 1):
+        here = dict(step=s, tokens=s * per_step, seconds=s * .3)
+        if s: rows.append(here | dict(loss=.6 * np.exp(-s / 30) + low - .1 + rng.normal(0, .05)))
+        if s % (steps // 4) == 0: rows.append(here | dict(eval_loss=.6 * np.exp(-s / 12) + low))
+    return rows
+
+
+def make_training(folder, recipe, seed, model, effect):
+    if recipe == "average":  # lies in the folder of the continued training
+        (folder / f"finetune/continued-seed{seed}/average").mkdir(parents=True, exist_ok=True)
+        return
+    tuned = folder / f"finetune/{recipe}-seed{seed}"
+    (tuned / "checkpoint").mkdir(parents=True, exist_ok=True)
+    if recipe == "continued": (tuned / "average").mkdir(exist_ok=True)
+    steps = dict(lora=60, continued=20).get(recipe, 40)
+    manifest(tuned, dict(model=model, recipe=recipe, epochs=2, learning_rate=1e-4, batch_size=8, seed=seed),
+             seconds=90. + steps, peak_memory_gb=2. + .01 * steps,
+             metrics=dict(examples=30, tokens=225 * steps, steps=steps, training_seconds=11.))
+    if recipe == "wise": return  # not trained
+    rows = curve(steps, 225, 1.0 + effect, seed)
+    if recipe == "continued": rows = [r | {k: 1 + effect + (.002 * r["step"]) for k in ("eval_loss",) if k in r}
+                                      for r in rows]
+    write_jsonl(tuned / "log.jsonl", rows)
+
+
+def made_scores(seed, layers, even):
+    return {f"model.layers.{i}.{n}.weight": torch.randn(s) * (1 + torch.rand(s[1]) * (not even))
+            for i in range(19, 19 + layers) for n, s in SHAPES.items()}
+
+
+def facts_of(masks, seed, layers, model):
+    some = next(iter(masks.values()))
+    return dict(model=model, layers=30, band=f"19-{18 + layers}", seed=seed, matrices=len(some.masked),
+                asked=sum(round(m.numel() * .05) for m in some.masked.values()), band_weights=some.numel())
 
 
 def make_influence(folder, study, seed, methods, layers, model):
     torch.manual_seed(seed)
-    band = range(19, 19 + layers)
-    scores = {m: {f"model.layers.{i}.{n}.weight": torch.randn(s) * (1 + torch.rand(s[1]) * (m != "random"))
-                  for i in band for n, s in SHAPES.items()} for m in methods}
+    scores = {m: made_scores(seed, layers, m == "random") for m in methods}
     masks = {m: Mask.from_scores(s, .95, method=m) for m, s in scores.items()}
-    asked = sum(round(s.numel() * .05) for s in scores[methods[0]].values())
-    params = dict(model=model, band="20-23 of 32", keep=.95, methods=methods, seed=seed)
-    manifest(folder, f"seed{seed}", params, metrics=dict(
-        masked={m: mask.count() for m, mask in masks.items()}, asked=asked, study=study, model=model, layers=30,
-        band=f"{band[0]}-{band[-1]}", seed=seed, examples=20, too_long=0, matrices=len(scores[methods[0]]),
-        band_weights=masks[methods[0]].numel()))
+    params = dict(model=model, band="20-23 of 32", keep=.95, methods=list(methods), seed=seed)
+    manifest(folder, params, metrics=dict(
+        facts_of(masks, seed, layers, model), masked={m: mask.count() for m, mask in masks.items()}, study=study,
+        examples=20, too_long=0, tokens=5000))
     (folder / "masks").mkdir(exist_ok=True)
     for m, mask in masks.items(): save_mask(mask, folder / f"masks/{m}.safetensors")
-    curve = np.exp(-np.abs(np.linspace(-6, 6, 61)))
+    shape = np.exp(-np.abs(np.linspace(-6, 6, 61)))
     write_json(folder / "scores.json", [dict(method=m, matrix=n, std=1e-4, positive=.5, halves_agree=.5 + .01 * i,
-                                             histogram=(curve / curve.sum()).tolist())
+                                             histogram=(shape / shape.sum()).tolist())
                                         for m in methods for i, n in enumerate(scores[m])])
     write_json(folder / "overlap.json", [dict(a=a, b=b, jaccard=jaccard(masks[a], masks[b]))
-                                         for a in masks for b in masks])
+                                         for a in list(masks)[:4] for b in list(masks)[:4]])
     shares = np.geomspace(1e-6, .05, 6)
     scan = [dict(method=m, share=s, step=1., masked=max(1, int(s * 9e6)), predicted=-2 * s ** .8, crossfitted=-s ** .8,
                  measured=-2 * s ** .8 + 90 * s * s, se=.02 * s ** .5, n=24) for m in methods[:2] for s in shares]
@@ -79,19 +138,79 @@ def make_influence(folder, study, seed, methods, layers, model):
     pd.DataFrame(steps).to_csv(folder / "steps.csv", index=False)
 
 
-def make_evaluation(folder, variant, seed, effect, ease, hard, tasks, plus, rng):
+def make_learned(folder, learner, seed, layers, model):
+    "A learned mask that keeps most of its initial mask, or that initial mask itself."
+    torch.manual_seed(seed + 100)
+    start = made_scores(seed, layers, True)
+    untrained = learner.endswith("initial")
+    torch.manual_seed(sum(learner.encode()))
+    end = {n: s + .3 * (not untrained) * torch.randn(s.shape) for n, s in start.items()}
+    initial, mask = (Mask.from_scores(s, .95, method=learner) for s in (start, end))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_mask(mask, folder / "mask.safetensors")
+    overlap = sum(int((m & initial.masked[n]).sum()) for n, m in mask.masked.items()) / initial.count()
+    facts = facts_of(dict(a=mask), seed, layers, model)
+    path = [dict(step=s, overlap=1 - (1 - overlap) * s / 40) for s in ([0] if untrained else range(0, 41, 10))]
+    manifest(folder, dict(model=model, learner=learner, seed=seed, band="20-23 of 32", keep=.95),
+             seconds=150., peak_memory_gb=1.8, metrics=dict(
+        facts, masked=mask.count(), could_flip=.31, flipped=1 - overlap, steps=path[-1]["step"],
+        tokens=225 * path[-1]["step"], examples=30))
+    pd.DataFrame(path).to_csv(folder / "path.csv", index=False)
+    write_jsonl(folder / "log.jsonl", [] if untrained else curve(40, 225, 1. + effect_of(learner), seed))
+
+
+def make_sweep(folder, methods, seed, layers):
+    rng, rows = np.random.default_rng(seed), []
+    torch.manual_seed(seed)
+    (folder / "masks").mkdir(parents=True, exist_ok=True)
+    for m in methods:
+        harm = abs(effect_of(m)) * 400 + 1
+        rows += [dict(method=m, share=s, masked=int(s * 1e6), change=harm * s * s - .3 * s + rng.normal(0, 1e-4),
+                      se=.02 * s ** .5 + 1e-4, n=24) for s in np.geomspace(1e-6, .3, 7)]
+        save_mask(Mask.from_scores(made_scores(seed, layers, True), .99, method=m), folder / f"masks/{m}.safetensors")
+    bands = [dict(method=m, band=b, change=abs(effect_of(m)) * x, se=.01, n=24, masked=1000, asked=1000)
+             for m in methods for b, x in {"0-7": 3., "8-15": 1.5, "16-23": .8, "24-29": 1.2}.items()]
+    fractions = [dict(method=m, fraction=x, examples=int(20 * x), change=abs(effect_of(m)) / (.3 + x), se=.01, n=24,
+                      masked=1000) for m in methods for x in (.1, .25, .5, 1.)]
+    for name, found in dict(keeps=rows, bands=bands, fractions=fractions).items():
+        pd.DataFrame(found).to_csv(folder / f"{name}.csv", index=False)
+    write_json(folder / "best.json", {m: dict(share=.01, masked=10_000, change=-.001, se=.001, low=-.003, high=.001,
+                                              excludes_zero=False, helps=False, points=7) for m in methods})
+    manifest(folder, dict(seed=seed), metrics=dict(band="19-21", keep=.95))
+
+
+def make_truth(folder, methods): pass
+
+
+def make_surface(folder, variants, shift):
+    axis, rows = np.linspace(-1.5, 1.5, 13), []
+    rows = [dict(x=x, y=y, loss=1 + .8 * x * x + .5 * y * y + .3 * x * y) for x in axis for y in axis]
+    rng = np.random.default_rng(3)
+    places = [dict(variant=v, x=0. if v == "fft" else 1. if v == "base" else float(np.clip(rng.normal(0, .35), -1, 1)),
+                   y=0. if v in ("fft", "base") else float(rng.normal(0, .3)), distance=abs(float(rng.normal())),
+                   loss=1 + shift(v)) for v in variants]
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "surface.csv", index=False)
+    pd.DataFrame(places).to_csv(folder / "places.csv", index=False)
+    manifest(folder, dict(), metrics=dict())
+
+
+def make_evaluation(folder, variant, seed, effect, ease, hard, tasks, plus, answers, rng):
     losses = ease + effect + rng.normal(0, .02, len(ease))
     passed = hard + .3 * effect + rng.normal(0, .15, len(hard)) < -.8
     reference = .8 + .3 * hard + effect + rng.normal(0, .02, len(hard))
-    manifest(folder, folder.name, dict(variant=variant, seed=seed, dtype="torch.float32"), metrics=dict(
+    manifest(folder, dict(variant=variant, seed=seed, dtype="torch.float32"), metrics=dict(
         corrections={"HumanEval/32": "evalplus fails every solution"}, examples=len(losses), problems=len(tasks),
-        cut=1, tokens=999), sandbox=["net", "pid", "limit as"])
-    code = f"def f():\n    return '{variant}'"
+        cut=1 if answers else None, tokens=999), sandbox=["net", "pid", "limit as"] if answers else [])
     write_jsonl(folder / "losses.jsonl", [dict(example=i, loss=x) for i, x in enumerate(losses.tolist())])
+    code = f"def f():\n    return '{variant}'"
+    none = dict(completion=None, code=None, tokens=None, cut=None, passed=None, base=None, plus=None, status=None,
+                reason=None, seconds=None)
     write_jsonl(folder / "problems.jsonl", [
-        dict(task_id=t, completion=f"```python\n{code}\n```", code=code, tokens=50, cut=False, reference_loss=r,
-             passed=p, base=p, plus=bool(p and rng.random() < .8) if plus else None,
-             status="ok" if p else "wrong", reason="" if p else "1 | 2 <script>alert(1)</script>", seconds=.1)
+        dict(task_id=t, reference_loss=r) | (none if not answers else dict(
+            completion=f"```python\n{code}\n```", code=code, tokens=50, cut=False, passed=p, base=p,
+            plus=bool(p and rng.random() < .8) if plus else None, status="ok" if p else "wrong",
+            reason="" if p else "1 | 2 <script>alert(1)</script>", seconds=.1))
         for t, r, p in zip(tasks, reference.tolist(), passed.tolist(), strict=True)])
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from mft_nb import report
-from mft_nb.compare import compare, crossed_test, holm, mcnemar_p, mcnemar_power, outcomes, tango
+from mft_nb.compare import compare, crossed_mean, crossed_test, holm, mcnemar_p, mcnemar_power, outcomes, tango
 from mft_nb.report import write_report
 from mft_nb.study import read_jsonl, write_jsonl
 from mft_nb.wording import answer
@@ -26,9 +28,13 @@ def runs(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-def make(runs, seeds=(0,), methods=made_up.METHODS, draws=500, **kw):
-    made_up.make_study(runs, seeds=seeds, methods=methods, **kw)
-    return compare("made-up", list(seeds), list(methods), draws)
+def make(runs, seeds=(0,), draws=500, recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS, **kw):
+    made_up.make_study(runs, seeds=seeds, recipes=recipes, methods=methods, learners=learners, **kw)
+    return compare("made-up", list(seeds), list(recipes), list(methods), list(learners), draws)
+
+
+def write(seeds=(0,), recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS):
+    return write_report("made-up", list(seeds), list(recipes), list(methods), list(learners))
 
 
 def read(folder, name): return pd.read_csv(folder / name, dtype=dict(seed=str))
@@ -59,15 +65,16 @@ def test_one_run_agrees_with_other_implementations(runs):
     assert ours.p == pytest.approx(mcnemar(table, exact=True).pvalue)
 
 
-def test_holm_counts_the_masks_and_not_the_base(runs):
-    tests = read(make(runs), "tests.csv").query("instrument == 'pass_at_1' and seed == 'all'")
-    masks = tests.query("against == 'fft' and variant != 'base'")
-    order = np.argsort(masks.p.to_numpy())
-    expected = np.minimum(np.maximum.accumulate(masks.p.to_numpy()[order] * np.arange(4, 0, -1)), 1)
-    assert masks.p_holm.to_numpy()[order] == pytest.approx(expected)
-    base = tests.query("variant == 'base'").iloc[0]
-    assert base.p_holm == base.p
-    assert set(tests.query("against == 'random'").variant) == {"sci", "taylor", "magnitude"}
+def test_holm_counts_within_each_family(runs):
+    tests = read(make(runs, recipes=["lora", "decay"]), "tests.csv").query("instrument == 'pass_at_1' and seed == 'all'")
+    tuned, masks = ["base", "lora", "decay"], [*made_up.METHODS, "mft"]
+    for family in (tests.query("against == 'fft' and variant in @tuned"),
+                   tests.query("against == 'fft' and variant in @masks"), tests.query("against == 'random'")):
+        p = family.p.to_numpy()
+        assert (family.family == len(family)).all()
+        assert family.p_holm.to_numpy() == pytest.approx(multipletests(p, method="holm")[1])
+    assert list(tests.query("against == 'fft'").variant) == [*tuned, *masks]
+    assert set(tests.query("against == 'random'").variant) == {"sci", "taylor", "magnitude", "mft"}
 
 
 def test_holm_is_monotone_and_never_below_p():
@@ -95,6 +102,25 @@ def test_crossed_variance_agrees_with_a_simulation():
         found.append((d.mean(), crossed_test(d)[3]))
     means, errors = np.array(found).T
     assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=.06)
+
+
+def test_crossed_effects_agree_with_a_mixed_model():
+    "REML of statsmodels' mixed model with crossed random seeds and examples, on balanced data."
+    rng = np.random.default_rng(4)
+    d = .1 + .2 * rng.normal(size=(6, 1)) + .3 * rng.normal(size=30) + .2 * rng.normal(size=(6, 30))
+    seed, item = np.indices(d.shape).reshape(2, -1)
+    long = pd.DataFrame(dict(d=d.ravel(), seed=seed, item=item, one=1))
+    model = MixedLM.from_formula("d ~ 1", long, groups="one", vc_formula=dict(seed="0+C(seed)", item="0+C(item)"))
+    theirs = model.fit(reml=True)
+    assert crossed_mean(d)[0] == pytest.approx(theirs.bse["Intercept"], rel=.01)
+    assert d.mean() == pytest.approx(theirs.params["Intercept"])
+
+
+def test_a_study_without_answers_has_losses_only(runs):
+    folder = make(runs, seeds=(0, 1), answers=False)
+    assert set(read(folder, "tests.csv").instrument) == {"validation_loss", "reference_loss"}
+    assert set(read(folder, "table.csv").instrument) == {"validation_loss", "reference_loss"}
+    assert read(folder, "flips.csv").empty
 
 
 def test_power_agrees_with_counting_every_outcome():
@@ -132,7 +158,7 @@ def test_a_mask_that_changes_nothing_is_no_difference(runs):
     for name in ("losses", "problems"):
         folder = runs / "made-up/evaluate"
         shutil.copy(folder / f"fft-seed0/{name}.jsonl", folder / f"sci-seed0/{name}.jsonl")
-    tests = read(compare("made-up", [0], made_up.METHODS, 200), "tests.csv")
+    tests = read(compare("made-up", [0], [], made_up.METHODS, ["mft"], 200), "tests.csv")
     found = tests.query("variant == 'sci' and against == 'fft'")
     assert (found.difference == 0).all() and (found.p == 1).all()
     flat = row(tests, "sci", "pass_at_1")
