@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_ANSWER', 'reference_chat', 'answer_problems', 'chosen_problems', 'evaluate', 'judged', 'summary']
 
-# %% ../nbs/50_evaluate.ipynb #1f4d3c8b
+# %% ../nbs/50_evaluate.ipynb #e61b1021
 import ast
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .sandbox import protection
 from .study import (Count, CountOrZero, OptionalFile, Seed, StudyName, checked, finished, open_stage, progress,
                           project_root, read_jsonl, seed_everything, write_jsonl)
 
-# %% ../nbs/50_evaluate.ipynb #d8853dc9
+# %% ../nbs/50_evaluate.ipynb #6a4b2e42
 def reference_chat(
     problem: dict,  # of load_humaneval()
 ) -> list[dict]:
@@ -35,7 +35,7 @@ def reference_chat(
     answer = "\n\n\n".join(p for p in (preamble(problem), "\n".join(line for line in kept if line.strip())) if p)
     return [dict(role="user", content=chat_prompt(problem)), dict(role="assistant", content=code_answer(answer))]
 
-# %% ../nbs/50_evaluate.ipynb #b4f759e8
+# %% ../nbs/50_evaluate.ipynb #27adc356
 def answer_problems(
     net, tokenizer,
     problems: list[dict],  # of load_humaneval()
@@ -70,14 +70,14 @@ def _any_closed(names: list[str]):
     checks = [block_closed(n) for n in names]
     return lambda row, text: checks[row](text)
 
-# %% ../nbs/50_evaluate.ipynb #6b6adaa3
+# %% ../nbs/50_evaluate.ipynb #4c2e5e4c
 def chosen_problems(problems: list[dict], n: int) -> list[dict]:
     "All problems, or n of them spread evenly."
     return problems if not n or n >= len(problems) else [problems[i * len(problems) // n] for i in range(n)]
 
 @checked
 def evaluate(
-    study: StudyName, model: ModelName, seed: Seed, variant: VariantName, answers: bool, problems: CountOrZero,
+    study: StudyName, model: ModelName, seed: Seed, variant: VariantName, programs: bool, problems: CountOrZero,
     max_new_tokens: Count, generation_batch_size: Count, max_tokens: Count, humaneval_plus: OptionalFile,
 ) -> Path:
     "Evaluate one variant; returns runs/<study>/evaluate/<variant>-seed<seed>. Parameters as in the cell above."
@@ -86,7 +86,7 @@ def evaluate(
     params |= dict(dtype=str(where.dtype), **v.identity())
     with open_stage(f"evaluate/{variant}-seed{seed}", study, params, (data, *v.inputs)) as stage:
         if stage.done: return stage.path
-        stage.note(device=str(where), sandbox=list(protection()) if answers else None)
+        stage.note(device=str(where), sandbox=list(protection()) if programs else [])
         print(where)
         seed_everything(seed)
         tokenizer, net = load_tokenizer(v.checkpoint or model), load_variant(v, model, where)
@@ -98,7 +98,7 @@ def evaluate(
             found = evaluate_losses(net, held + references, tokenizer.pad_token_id, where, update=bar.update)
         write_jsonl(stage.work / "losses.jsonl", [dict(example=i, loss=x) for i, x in enumerate(found[:len(held)])])
         rows = [dict(task_id=p["task_id"], reference_loss=x) for p, x in zip(asked, found[len(held):], strict=True)]
-        if answers:
+        if programs:
             written = answer_problems(net, tokenizer, asked, stage.work, max_new_tokens, generation_batch_size, where,
                                       f"answers of {variant} seed {seed}")
             rows = [r | more for r, more in zip(rows, judged(written, asked, plus is not None, variant, seed),
