@@ -7,10 +7,9 @@ __all__ = ['DESCENDING', 'CHUNK', 'MODES', 'NEEDS_BASE', 'kth_highest', 'no_nan'
            'save_mask', 'read_provenance', 'load_mask', 'load_official', 'save_official', 'masked_weights',
            'check_mode', 'mode_of', 'apply_mask', 'masked', 'jaccard']
 
-# %% ../nbs/03_mask.ipynb #47fe9d82
+# %% ../nbs/03_mask.ipynb #ffa005f3
 import contextlib
 import json
-import pickle
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #c3a343ba
+# %% ../nbs/03_mask.ipynb #042b05c2
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -48,7 +47,7 @@ def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #b2934ade
+# %% ../nbs/03_mask.ipynb #8b013661
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -101,7 +100,7 @@ def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
         out |= ties & (ties.cumsum(1, dtype=torch.int32) <= open_places)
     return chosen
 
-# %% ../nbs/03_mask.ipynb #b937f707
+# %% ../nbs/03_mask.ipynb #a2dc81f7
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -152,12 +151,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #2a1f2fe1
+# %% ../nbs/03_mask.ipynb #183bcb7d
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #6293f170
+# %% ../nbs/03_mask.ipynb #cdaf2ec4
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -186,14 +185,15 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #018f379e
+# %% ../nbs/03_mask.ipynb #8aa86957
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
-    try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as e:
-        raise ValueError(f"{path}: refused: found something else than tensors, or a broken file; allowed is the "
-                         f"paper's masks.pt ({str(e).strip().splitlines()[0] if str(e) else 'empty'})") from None
+    with open(path, "rb") as file:
+        try:
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as e:  # a broken or hostile file can raise anything
+            raise ValueError(f"{path}: refused: found something else than tensors, or a broken file; allowed is the "
+                             f"paper's masks.pt ({(str(e).strip() or type(e).__name__).splitlines()[0]})") from None
     if not isinstance(kept, dict) or not kept:
         raise ValueError(f"{path}: found {type(kept).__name__}; allowed is a dictionary of tensors by module name")
     for name, m in kept.items():
@@ -206,7 +206,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #30ac1f0c
+# %% ../nbs/03_mask.ipynb #03487ecf
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -239,7 +239,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #333bd6ea
+# %% ../nbs/03_mask.ipynb #d6e586fc
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -275,7 +275,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #b3203810
+# %% ../nbs/03_mask.ipynb #0fab5311
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -305,7 +305,7 @@ def masked(
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #04b39b85
+# %% ../nbs/03_mask.ipynb #d58bcbb6
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()
