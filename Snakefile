@@ -4,6 +4,9 @@ import fcntl
 import os
 import sys
 
+from mft_nb.apply_mask import variants_of
+from mft_nb.finetune import RECIPES
+from mft_nb.learn_mask import LEARNERS
 from mft_nb.study import check_study, code_of, declared, settings
 
 STUDY = config.get("study", "laptop")
@@ -13,7 +16,8 @@ try:
 except ValueError as e:
     sys.exit(f"This study cannot run.\n{e}")
 RUNS = settings().runs / STUDY
-MASKED, SEEDS = P["methods"], P["seeds"]
+SEEDS = P["seeds"]
+VARIANTS = variants_of(P["recipes"], P["methods"], P["learners"])
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
 
 # papermill writes progress into the notebook; people look at the terminal
@@ -27,7 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def parameters(notebook):
     "What a notebook reads from the study: when one of these changes, it runs again."
     known = declared(Path("nbs", f"{notebook}.ipynb").resolve())
-    return {k: P[k] for k in known if k not in ("seed", "variant")} | MACHINE
+    return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner")} | MACHINE
 
 
 def run(notebook, name, *given):
@@ -45,10 +49,35 @@ def done(stage):
     return RUNS / stage / ".done"
 
 
+# which stage of a variant's seed its weights come from
+RECIPE_RUNS = ["fft", *(r for r in P["recipes"] if r != "average")]  # the average is made with continued
+SWEPT = P["sweep_points"] or P["sweep_bands"] or P["sweep_fractions"]
+TRUTH = P["truth_weights"] or P["truth_groups"]
+
+
 def source_of(wildcards):
-    "What a variant needs: nothing but the data for base, the checkpoint for fft, a mask for the others."
-    needs = [] if wildcards.variant == "base" else [done(f"finetune/seed{wildcards.seed}")]
-    return needs + ([] if wildcards.variant in ("base", "fft") else [done(f"influence/seed{wildcards.seed}")])
+    "What a variant needs: nothing but the data for base, a checkpoint for a recipe, a mask for the others."
+    v, seed = wildcards.variant, f"-seed{wildcards.seed}"
+    if v == "base": return []
+    if v in RECIPES: return [done(f"finetune/{'continued' if v == 'average' else v}{seed}")]
+    needs = [done(f"finetune/fft{seed}")]
+    if v in LEARNERS: return [*needs, done(f"learn_mask/{v}{seed}")]
+    return [*needs, done(f"{'sweep' if v.endswith('.best') else 'influence'}/seed{wildcards.seed}")]
+
+
+def after_fft(wildcards):
+    "What a recipe starts from."
+    return [done(f"finetune/fft-seed{wildcards.seed}")] if RECIPES[wildcards.recipe].start == "fft" else []
+
+
+def before_learning(wildcards):
+    "Scores may start from an influence score."
+    return [done(f"influence/seed{wildcards.seed}")] if LEARNERS[wildcards.learner].init == "score" else []
+
+
+def all_variants(wildcards):
+    "Every evaluated variant of a seed, for the places on the loss surface."
+    return [done(f"evaluate/{v}-seed{wildcards.seed}") for v in VARIANTS if v != "base"]
 
 
 wildcard_constraints:
@@ -56,14 +85,18 @@ wildcard_constraints:
 
 
 EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
-             *(done(f"evaluate/{v}-seed{s}") for s in SEEDS for v in ("fft", *MASKED))]
+             *(done(f"evaluate/{v}-seed{s}") for s in SEEDS for v in VARIANTS if v != "base")]
+EVIDENCE = [done(f"{stage}/seed{s}") for s in SEEDS
+            for stage, wanted in (("sweep", SWEPT), ("truth", TRUTH), ("surface", P["surface_points"])) if wanted]
 
 
 # every stage by name: a missing stamp below a report that is older would not count as missing
 rule all:
     input:
-        done("data"), [done(f"{stage}/seed{s}") for stage in ("finetune", "influence") for s in SEEDS], EVALUATED,
-        done("compare"), done("report"),
+        done("data"), [done(f"finetune/{r}-seed{s}") for s in SEEDS for r in RECIPE_RUNS],
+        [done(f"influence/seed{s}") for s in SEEDS],
+        [done(f"learn_mask/{x}-seed{s}") for s in SEEDS for x in P["learners"]],
+        EVALUATED, EVIDENCE, done("compare"), done("report"),
 
 
 rule data:
@@ -76,25 +109,61 @@ rule data:
 
 
 rule finetune:
-    input: done("data"), code_of("finetune")
-    output: done("finetune/seed{seed}")
+    input: after_fft, done("data"), code_of("finetune")
+    output: done("finetune/{recipe}-seed{seed}")
     params: parameters("20_finetune")
     threads: workflow.cores
-    message: "full fine-tuning, seed {wildcards.seed}"
-    shell: run("20_finetune", "finetune-seed{wildcards.seed}", "seed")
+    message: "fine-tuning: {wildcards.recipe}, seed {wildcards.seed}"
+    shell: run("20_finetune", "finetune-{wildcards.recipe}-seed{wildcards.seed}", "recipe", "seed")
 
 
 rule influence:
-    input: done("data"), done("finetune/seed{seed}"), code_of("influence")
+    input: done("data"), done("finetune/fft-seed{seed}"), code_of("influence")
     output: done("influence/seed{seed}")
     params: parameters("30_influence")
     threads: workflow.cores
-    message: "influence scores and masks, seed {wildcards.seed}"
+    message: "scores and masks, seed {wildcards.seed}"
     shell: run("30_influence", "influence-seed{wildcards.seed}", "seed")
 
 
+rule learn_mask:
+    input: before_learning, done("data"), done("finetune/fft-seed{seed}"), code_of("learn_mask")
+    output: done("learn_mask/{learner}-seed{seed}")
+    params: parameters("31_learn_mask")
+    threads: workflow.cores
+    message: "learned mask: {wildcards.learner}, seed {wildcards.seed}"
+    shell: run("31_learn_mask", "learn_mask-{wildcards.learner}-seed{wildcards.seed}", "learner", "seed")
+
+
+rule sweep:
+    input: done("data"), done("influence/seed{seed}"), code_of("sweep")
+    output: done("sweep/seed{seed}")
+    params: parameters("35_sweep")
+    threads: workflow.cores
+    message: "budgets, bands and shares of the data, seed {wildcards.seed}"
+    shell: run("35_sweep", "sweep-seed{wildcards.seed}", "seed")
+
+
+rule truth:
+    input: done("data"), done("influence/seed{seed}"), code_of("truth")
+    output: done("truth/seed{seed}")
+    params: parameters("36_truth")
+    threads: workflow.cores
+    message: "weights zeroed one by one, seed {wildcards.seed}"
+    shell: run("36_truth", "truth-seed{wildcards.seed}", "seed")
+
+
+rule surface:
+    input: all_variants, done("data"), code_of("surface")
+    output: done("surface/seed{seed}")
+    params: parameters("37_surface")
+    threads: workflow.cores
+    message: "loss surface, seed {wildcards.seed}"
+    shell: run("37_surface", "surface-seed{wildcards.seed}", "seed")
+
+
 rule apply_mask:
-    input: done("influence/seed{seed}"), code_of("apply_mask")
+    input: source_of, code_of("apply_mask")
     output: done("apply_mask/{variant}-seed{seed}")
     params: parameters("40_apply_mask")
     message: "masked checkpoint of {wildcards.variant}, seed {wildcards.seed}"
@@ -119,7 +188,7 @@ rule compare:
 
 
 rule report:
-    input: done("compare"), code_of("report")
+    input: done("compare"), EVIDENCE, code_of("report")
     output: done("report")
     params: parameters("70_report")
     message: "write the report"

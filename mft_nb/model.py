@@ -7,7 +7,7 @@ __all__ = ['CHATML', 'EMBEDDED', 'Band', 'ModelName', 'tiny_tokenizer', 'tiny_co
            'load_config', 'load_tokenizer', 'load_model', 'weights_of', 'layers_of', 'band_syntax', 'resolve_band',
            'maskable', 'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #da25b9bb
+# %% ../nbs/02_model.ipynb #fe10603f
 import os
 import re
 import shutil
@@ -26,7 +26,7 @@ from .device import Device
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #c28c021f
+# %% ../nbs/02_model.ipynb #927fbeae
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -47,7 +47,7 @@ def tiny_config() -> LlamaConfig:
                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
                        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/02_model.ipynb #bbce2b4b
+# %% ../nbs/02_model.ipynb #2b61e3d2
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008,
                                           origin="weights dequantised from 4-bit GGUF (Q4_1)")}
 
@@ -72,7 +72,7 @@ def embedded_folder(
     partial.rename(folder)
     return folder
 
-# %% ../nbs/02_model.ipynb #b834321f
+# %% ../nbs/02_model.ipynb #a6b72b32
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -129,7 +129,7 @@ def weights_of(
         found = {n: parameters[n].detach() for n in names}
     return {n: found[n] for n in names}
 
-# %% ../nbs/02_model.ipynb #c4ee4ed2
+# %% ../nbs/02_model.ipynb #0f79c4aa
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -139,7 +139,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #c9d919ec
+# %% ../nbs/02_model.ipynb #61a2f4fc
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -166,7 +166,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #0501637a
+# %% ../nbs/02_model.ipynb #3fd61b3d
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -179,7 +179,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #24708936
+# %% ../nbs/02_model.ipynb #caccef64
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."

@@ -7,9 +7,9 @@ __all__ = ['METHODS', 'SUFFIXES', 'MethodName', 'Methods', 'Evidence', 'Method',
            'known_method', 'stems', 'collect', 'needs_backward', 'empty_sums', 'means_of', 'save_sums', 'watched',
            'whole_gradient', 'evidence_of', 'scores_of', 'mask_of']
 
-# %% ../nbs/25_scores.ipynb #a118fc02
+# %% ../nbs/25_scores.ipynb #92c8ab11
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial as partially
 from pathlib import Path
@@ -27,7 +27,7 @@ from .mask import Mask, budget, stored_transposed, top_k
 from .model import layers_of
 from .study import no_repeats
 
-# %% ../nbs/25_scores.ipynb #947bd2d6
+# %% ../nbs/25_scores.ipynb #4cf7b579
 @dataclass
 class Evidence:
     "What is known about one weight matrix; `None` is what no chosen method needs."
@@ -52,7 +52,7 @@ class Method:
     mode: str = "zero"  # how the mask is applied, from mft_nb.mask.MODES
     solve: Callable[[Evidence, int], tuple[torch.Tensor, torch.Tensor]] | None = None  # mask and new weights at once
 
-# %% ../nbs/25_scores.ipynb #dc1216c1
+# %% ../nbs/25_scores.ipynb #d6339c8f
 def damped(gram: torch.Tensor, share: float = .01) -> torch.Tensor:
     "The Gram matrix in float64 with 1% of its mean diagonal added, so that it can be inverted (as SparseGPT does)."
     found = gram.double()
@@ -79,7 +79,7 @@ def sparsegpt(e: Evidence, k: int, block: int = 128) -> tuple[torch.Tensor, torc
         w[:, start:end][masked[:, start:end]] = 0
     return masked, w.to(e.w.dtype)
 
-# %% ../nbs/25_scores.ipynb #070d6081
+# %% ../nbs/25_scores.ipynb #4d8bd123
 METHODS = {
     # signed: harmful weights first
     "sci": Method("sign(w) g", "Sign-Corrected Influence", lambda e: e.w.sign() * e.g, ("gradient",), signed=True),
@@ -123,7 +123,7 @@ def stems(methods: list[str]) -> list[str]:
     "The methods behind a list with suffixes, each once."
     return list(dict.fromkeys(m.partition(".")[0] for m in methods))
 
-# %% ../nbs/25_scores.ipynb #6baae343
+# %% ../nbs/25_scores.ipynb #a8805364
 def collect(
     model: nn.Module,
     weights: dict[str, nn.Parameter],  # from `maskable`
@@ -186,7 +186,7 @@ def save_sums(sums: dict[str, torch.Tensor], path: Path, batches: int) -> None:
     save_file({n: t.cpu() for n, t in sums.items()}, part, metadata=dict(batches=str(batches)))
     os.replace(part, path)
 
-# %% ../nbs/25_scores.ipynb #09ab1123
+# %% ../nbs/25_scores.ipynb #9dc4273e
 class watched:
     """Hooks that add what the layers of `weights` see to `sums`: a context manager that yields `watch(half, mask)`, to
     be called before each batch. Layers that share an input share the work of its Gram matrix."""
@@ -239,7 +239,7 @@ class watched:
             self.sums[f"squares/{name}"].addcmul_(g, g)
             if half is not None: half += g
 
-# %% ../nbs/25_scores.ipynb #a2cfcd72
+# %% ../nbs/25_scores.ipynb #6fb44daa
 def whole_gradient(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The gradient over all examples from `collect`."
     a, b = found["n/even"], found["n/odd"]
@@ -262,7 +262,8 @@ def evidence_of(
         x, gram = (found.get(f"{key}/{name}") for key in ("inputs", "gram"))
         evidence[name] = Evidence(
             ours(w), ours(gradient.get(name)), ours(found.get(f"squares/{name}")),
-            None if x is None else x.cpu().sqrt(), None if gram is None else gram.cpu(), ours((base or {}).get(name)), transposed=flip)
+            None if x is None else x.cpu().sqrt(), None if gram is None else gram.cpu(),
+            ours((base or {}).get(name)), transposed=flip)
     return evidence
 
 def scores_of(
