@@ -2,6 +2,7 @@
 STUDY  ?= laptop
 VARIANT ?= sci
 SEED   ?= 0
+THREADS ?= $(JOBS)
 JOBS   ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -22,7 +23,7 @@ BIN    := .venv/bin
 	@touch $@
 
 study: .venv/ready  ## a whole study, from data to report
-	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY)
+	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY) threads=$(THREADS)
 	@$(BIN)/python -c "from mft_nb.settings import settings; s = settings(); \
 	  print('report: ', s.runs / '$(STUDY)/report/report.html'); print('figures:', s.figures / '$(STUDY)')"
 

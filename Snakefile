@@ -17,6 +17,8 @@ except ValueError as e:
     sys.exit(f"This study cannot run.\n{e}")
 RUNS = settings().runs / STUDY
 SEEDS = P["seeds"]
+# how many cores one training or evaluation takes: with fewer than there are, several run side by side
+THREADS = int(config.get("threads", workflow.cores))
 VARIANTS = variants_of(P["recipes"], P["methods"], P["learners"])
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
 
@@ -103,7 +105,7 @@ rule data:
     input: code_of("data")
     output: done("data")
     params: parameters("10_data")
-    threads: workflow.cores
+    threads: THREADS
     message: "prepare data"
     shell: run("10_data", "data")
 
@@ -112,7 +114,7 @@ rule finetune:
     input: after_fft, done("data"), code_of("finetune")
     output: done("finetune/{recipe}-seed{seed}")
     params: parameters("20_finetune")
-    threads: workflow.cores
+    threads: THREADS
     message: "fine-tuning: {wildcards.recipe}, seed {wildcards.seed}"
     shell: run("20_finetune", "finetune-{wildcards.recipe}-seed{wildcards.seed}", "recipe", "seed")
 
@@ -121,7 +123,7 @@ rule influence:
     input: done("data"), done("finetune/fft-seed{seed}"), code_of("influence")
     output: done("influence/seed{seed}")
     params: parameters("30_influence")
-    threads: workflow.cores
+    threads: THREADS
     message: "scores and masks, seed {wildcards.seed}"
     shell: run("30_influence", "influence-seed{wildcards.seed}", "seed")
 
@@ -130,7 +132,7 @@ rule learn_mask:
     input: before_learning, done("data"), done("finetune/fft-seed{seed}"), code_of("learn_mask")
     output: done("learn_mask/{learner}-seed{seed}")
     params: parameters("31_learn_mask")
-    threads: workflow.cores
+    threads: THREADS
     message: "learned mask: {wildcards.learner}, seed {wildcards.seed}"
     shell: run("31_learn_mask", "learn_mask-{wildcards.learner}-seed{wildcards.seed}", "learner", "seed")
 
@@ -139,7 +141,7 @@ rule sweep:
     input: done("data"), done("influence/seed{seed}"), code_of("sweep")
     output: done("sweep/seed{seed}")
     params: parameters("35_sweep")
-    threads: workflow.cores
+    threads: THREADS
     message: "budgets, bands and shares of the data, seed {wildcards.seed}"
     shell: run("35_sweep", "sweep-seed{wildcards.seed}", "seed")
 
@@ -148,7 +150,7 @@ rule truth:
     input: done("data"), done("influence/seed{seed}"), code_of("truth")
     output: done("truth/seed{seed}")
     params: parameters("36_truth")
-    threads: workflow.cores
+    threads: THREADS
     message: "weights zeroed one by one, seed {wildcards.seed}"
     shell: run("36_truth", "truth-seed{wildcards.seed}", "seed")
 
@@ -157,7 +159,7 @@ rule surface:
     input: all_variants, done("data"), code_of("surface")
     output: done("surface/seed{seed}")
     params: parameters("37_surface")
-    threads: workflow.cores
+    threads: THREADS
     message: "loss surface, seed {wildcards.seed}"
     shell: run("37_surface", "surface-seed{wildcards.seed}", "seed")
 
@@ -174,7 +176,7 @@ rule evaluate:
     input: source_of, done("data"), code_of("evaluate")
     output: done("evaluate/{variant}-seed{seed}")
     params: parameters("50_evaluate")
-    threads: workflow.cores
+    threads: THREADS
     message: "evaluate {wildcards.variant}, seed {wildcards.seed}"
     shell: run("50_evaluate", "evaluate-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
 

@@ -8,7 +8,7 @@ __all__ = ['READERS', 'ALLOWED', 'Source', 'Sources', 'SCHEMAS', 'ROLES', 'Hub',
            'json_records', 'jsonl_records', 'csv_records', 'parquet_records', 'Loaded', 'chat_rows', 'load_file',
            'load_package', 'reach_hub', 'in_hub_cache', 'load_hub', 'check_source', 'load_source', 'fingerprint']
 
-# %% ../nbs/09_sources.ipynb #9e89fc9b
+# %% ../nbs/09_sources.ipynb #a0229ed1
 import csv
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from .functions import PACKAGES, package_folder, package_rows, package_version
 from .study import hash_of, project_root, sha256
 
-# %% ../nbs/09_sources.ipynb #c8d3432e
+# %% ../nbs/09_sources.ipynb #b539b4d8
 READERS = ("json", "jsonl", "csv", "parquet")
 ALLOWED = ("allowed are package:NAME, hub:OWNER/NAME, hub:OWNER/NAME@REVISION#SPLIT "
            "and paths that end in " + ", ".join(f".{r}" for r in READERS))
@@ -73,7 +73,7 @@ def all_different(sources: list[str]) -> list[str]:
 Source = Annotated[str, AfterValidator(source_known)]
 Sources = Annotated[list[Source], Field(min_length=1), AfterValidator(all_different)]
 
-# %% ../nbs/09_sources.ipynb #88db7649
+# %% ../nbs/09_sources.ipynb #2a436c45
 class Schema(NamedTuple):
     "A column layout: which columns hold the question, more of the question, and the answer."
     name: str
@@ -89,6 +89,8 @@ SCHEMAS = (
     Schema("instruction/response", "instruction", "response", "input"),
     Schema("prompt/completion", "prompt", "completion"),
     Schema("question/answer", "question", "answer"),
+    Schema("query/response", "query", "response"),
+    Schema("query/answer", "query", "answer"),
 )
 
 
@@ -106,7 +108,7 @@ def schema_of(
                          "are not meant")
     return fits[0]
 
-# %% ../nbs/09_sources.ipynb #29c7b384
+# %% ../nbs/09_sources.ipynb #3c83e756
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant", "system": "system"}
 
@@ -152,7 +154,7 @@ def turns_of(turns) -> list[dict]:
         raise ValueError("turns do not alternate from user to a last answer")
     return messages
 
-# %% ../nbs/09_sources.ipynb #067a80ae
+# %% ../nbs/09_sources.ipynb #cd69368f
 def read_records(
     path: Path,  # json, jsonl, csv or parquet
 ) -> Iterator[tuple[int, object]]:  # line (or record) number from 1, record
@@ -217,7 +219,7 @@ def parquet_records(path: Path) -> list[dict]:
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f": not a readable parquet file ({str(e).splitlines()[0]})") from None
 
-# %% ../nbs/09_sources.ipynb #b97cd9b7
+# %% ../nbs/09_sources.ipynb #d3d5bd3f
 class Loaded(NamedTuple):
     "A source as chat rows, with what the data card says about it."
     rows: list[dict]
@@ -266,7 +268,7 @@ def load_package(source: str) -> Loaded:
     return Loaded(rows, refused, {}, {"kind": "package", "schema": "functions with docstrings",
                                       "version": package_version(name), "licence": PACKAGES[name].licence})
 
-# %% ../nbs/09_sources.ipynb #3a6518d0
+# %% ../nbs/09_sources.ipynb #33d4bc85
 def reach_hub(hub: Hub) -> dict:  # revision and licence
     "Check that a hub data set can be downloaded; raises ValueError that says why not and what to do."
     from huggingface_hub import HfApi, errors
@@ -315,7 +317,7 @@ def load_hub(source: str) -> Loaded:
     rows, refused, examples, schema = chat_rows(source, enumerate(data, 1), source)
     return Loaded(rows, refused, examples, {"kind": "hub", "schema": schema, **facts})
 
-# %% ../nbs/09_sources.ipynb #da2672bc
+# %% ../nbs/09_sources.ipynb #0f8d4455
 def check_source(source: str) -> None:
     "Raise ValueError if a source cannot be loaded, before any work; seconds at most."
     source_known(source)

@@ -51,6 +51,8 @@ SCHEMAS = {
     "instruction/response": lambda q, a: {"instruction": q, "response": a},
     "prompt/completion": lambda q, a: {"prompt": q, "completion": a},
     "question/answer": lambda q, a: {"question": q, "answer": a},
+    "query/response": lambda q, a: {"query": q, "response": a},
+    "query/answer": lambda q, a: {"query": q, "answer": a},
     "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
     "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
 }
