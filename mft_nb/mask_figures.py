@@ -6,7 +6,7 @@
 __all__ = ['places', 'score_distributions', 'block_density', 'mask_map', 'top_tenth', 'concentration', 'mask_concentration',
            'overlaps', 'overlap_map', 'learning_path']
 
-# %% ../nbs/66_mask_figures.ipynb #63f85966
+# %% ../nbs/66_mask_figures.ipynb #8de5c3b7
 import json
 from pathlib import Path
 
@@ -15,15 +15,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from matplotlib.colors import LogNorm, TwoSlopeNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from .figures import styled
 from .mask import Mask
-from .names import colour, in_order, label, marker, short
+from .names import colour, in_order, marker, short
 
-# %% ../nbs/66_mask_figures.ipynb #949961c4
+# %% ../nbs/66_mask_figures.ipynb #461fa105
 def places(names) -> pd.DataFrame:
     "Layer and role of weight matrices, from their names in the checkpoint; index: the names."
     rows = []
@@ -56,7 +56,8 @@ def score_distributions(
                           norm=LogNorm(1e-6, 1), cmap="cividis", interpolation="nearest")
         ax.axvline(0, color="white", lw=.6)
         ax.set(xlabel="score, standard deviations of\nits matrix (ends: and beyond)",
-               yticks=range(len(names)), yticklabels=names, title=f"{short(method)}: {part.positive.mean():.1%} positive")
+               yticks=range(len(names)), yticklabels=names,
+               title=f"{short(method)}: {part.positive.mean():.1%} positive")
         ax.tick_params(axis="y", labelsize=7)
     figure.colorbar(shown, ax=axes[:-1], label="share of weights", shrink=.7, pad=.02)
     agree = scores.drop_duplicates("matrix").set_index("matrix").loc[where.index].halves_agree
@@ -67,7 +68,7 @@ def score_distributions(
                     x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #ee3c65a2
+# %% ../nbs/66_mask_figures.ipynb #f050a1ac
 def block_density(
     mask: torch.Tensor,  # bool (outputs, inputs)
     blocks: int = 24,  # at most this many on each side, of 8 lines or more
@@ -104,7 +105,7 @@ def mask_map(mask: Mask, method: str, study: str, seed: int) -> Figure:
                     "across: inputs)", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #f45acf8b
+# %% ../nbs/66_mask_figures.ipynb #8182df14
 def top_tenth(counts: np.ndarray) -> float:
     "Share of the total that the largest tenth of the counts (at least one) holds; NaN when there is none."
     k = max(1, round(len(counts) / 10))
@@ -133,7 +134,7 @@ def mask_concentration(found: dict[str, pd.DataFrame], study: str, seed: int) ->
     figure.suptitle(f"{study}, seed {seed}: is a mask spread out (10%) or concentrated?", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #9842d12a
+# %% ../nbs/66_mask_figures.ipynb #df7420cc
 def overlaps(files: dict[str, Path]) -> pd.DataFrame:
     """Jaccard similarity of each pair of mask files, and what independent masks with the same counts in each matrix
     would have (ratio of expectations): columns a, b, jaccard, chance. Reads one matrix at a time."""
@@ -154,7 +155,7 @@ def overlaps(files: dict[str, Path]) -> pd.DataFrame:
     return pd.DataFrame([dict(a=names[i], b=names[j], jaccard=found[i, j], chance=expected[i, j])
                          for i, j in zip(*np.triu_indices(n), strict=True)])
 
-# %% ../nbs/66_mask_figures.ipynb #22547973
+# %% ../nbs/66_mask_figures.ipynb #0dda0a01
 @styled
 def overlap_map(
     found: pd.DataFrame,  # of `overlaps`; a and b may be the same variant: two of its seeds
@@ -184,7 +185,7 @@ def overlap_map(
                  + ("\ndiagonal: the same method on two seeds" if seeds else ""))
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #7b93a43f
+# %% ../nbs/66_mask_figures.ipynb #ca398976
 @styled
 def learning_path(
     paths: dict[tuple[str, int], pd.DataFrame],  # (learner, seed) -> path.csv: step, overlap, masked, ...
@@ -202,7 +203,8 @@ def learning_path(
     some = next(iter(paths))
     chance = 100 * paths[some].masked.iloc[0] / facts[some]["band_weights"]
     left.axhline(chance, color="0.5", ls="--", lw=1, label=f"chance: {chance:.2g}%", zorder=0)
-    left.set(xlabel="optimizer step of the scores", ylabel="% of the mask that was\nin its initial mask", ylim=(-3, 105))
+    left.set(xlabel="optimizer step of the scores", ylabel="% of the mask that was\nin its initial mask",
+             ylim=(-3, 105))
     left.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7.5)
     mean = lambda v, key: 100 * np.mean([f[key] for (name, _), f in facts.items() if name == v])
     for y, v in enumerate(reversed(learners)):

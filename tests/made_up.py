@@ -150,11 +150,13 @@ def make_learned(folder, learner, seed, layers, model):
     save_mask(mask, folder / "mask.safetensors")
     overlap = sum(int((m & initial.masked[n]).sum()) for n, m in mask.masked.items()) / initial.count()
     facts = facts_of(dict(a=mask), seed, layers, model)
-    path = [dict(step=s, overlap=1 - (1 - overlap) * s / 40) for s in ([0] if untrained else range(0, 41, 10))]
+    steps, n = [0] if untrained else range(0, 41, 10), mask.count()
+    path = [dict(step=s, tokens=225 * s, masked=n, overlap=1 - (1 - overlap) * s / 40, jaccard=.5, flipped=s,
+                 ever=.001 * s) for s in steps]
     manifest(folder, dict(model=model, learner=learner, seed=seed, band="20-23 of 32", keep=.95),
              seconds=150., peak_memory_gb=1.8, metrics=dict(
-        facts, masked=mask.count(), could_flip=.31, flipped=1 - overlap, steps=path[-1]["step"],
-        tokens=225 * path[-1]["step"], examples=30))
+        facts, layers=facts["band"], masked=n, could_flip=0. if untrained else .31, flipped=path[-1]["flipped"],
+        ever_flipped=path[-1]["ever"], steps=path[-1]["step"], tokens=path[-1]["tokens"], examples=30))
     pd.DataFrame(path).to_csv(folder / "path.csv", index=False)
     write_jsonl(folder / "log.jsonl", [] if untrained else curve(40, 225, 1. + effect_of(learner), seed))
 
@@ -179,7 +181,21 @@ def make_sweep(folder, methods, seed, layers):
     manifest(folder, dict(seed=seed), metrics=dict(band="19-21", keep=.95))
 
 
-def make_truth(folder, methods): pass
+def make_truth(folder, methods):
+    "Judgements as the truth stage writes them; only taylor promises a change in nats."
+    rng, rows, bins, signed = np.random.default_rng(1), [], [], ("sci", "taylor", "second-order", "toward-zero")
+    for m, kind, on in [(m, k, on) for m in methods for k in ("single", "group") for on in ("gradient", "validation")]:
+        r = float(rng.uniform(-.1, .6))
+        sign = dict(sign_n=50, sign_accuracy=.5 + r / 3, sign_low=.4 + r / 3, sign_high=.6 + r / 3)
+        rows += [dict(method=m, kind=kind, subset=subset, on=on, n=60, spearman=r, low=r - .2, high=r + .2,
+                      **{k: v if m in signed else np.nan for k, v in sign.items()},
+                      slope=.4 if m == "taylor" else np.nan) for subset in ("all", "10")]
+        if m == "taylor": bins += [dict(method=m, kind=kind, on=on, bin=i, predicted=x, measured=.4 * x, se=1e-6, n=9)
+                                   for i, x in enumerate(np.linspace(-1e-4, 1e-4, 6))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in dict(scores=rows, calibration=bins, samples=[dict(sample=0)]).items():
+        pd.DataFrame(found).to_csv(folder / f"{name}.csv", index=False)
+    manifest(folder, dict(), metrics=dict(above_floor={"single gradient": .8}, samples=100))
 
 
 def make_surface(folder, variants, shift):
