@@ -7,7 +7,7 @@ __all__ = ['DESCENDING', 'CHUNK', 'MODES', 'NEEDS_BASE', 'kth_highest', 'no_nan'
            'save_mask', 'read_provenance', 'load_mask', 'load_official', 'save_official', 'masked_weights',
            'check_mode', 'mode_of', 'apply_mask', 'masked', 'jaccard']
 
-# %% ../nbs/03_mask.ipynb #ffa005f3
+# %% ../nbs/03_mask.ipynb #0943e6a0
 import contextlib
 import json
 from collections.abc import Collection, Iterator
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #042b05c2
+# %% ../nbs/03_mask.ipynb #f71f0bf0
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -38,8 +38,8 @@ def kth_highest(
     first = last = int(np.searchsorted(reached, k))
     if first in (0x7fff, 0x8000): first, last = 0x7fff, 0x8000  # plus and minus zero are equal: two classes as one
     a, b = DESCENDING[[first, last]]
-    inside = torch.cat([flat[s:s + CHUNK][torch.from_numpy((heads[s:s + CHUNK] == a) | (heads[s:s + CHUNK] == b))]
-                        for s in starts])
+    of_class = lambda h: np.flatnonzero(h == a if a == b else (h == a) | (h == b))
+    inside = torch.cat([flat[s:s + CHUNK][torch.from_numpy(of_class(heads[s:s + CHUNK]))] for s in starts])
     if inside.min() == inside.max(): return inside[0]  # half precision, or very many ties
     return inside.kthvalue(int(reached[last]) - k + 1).values
 
@@ -47,7 +47,7 @@ def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #8b013661
+# %% ../nbs/03_mask.ipynb #63a33961
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -71,13 +71,13 @@ def top_k(
         no_nan(flat)
         if not k: return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         threshold = flat.kthvalue(flat.numel() - k + 1).values
-    chosen = flat > threshold
-    open_places = k - int(chosen.count_nonzero())
-    for s in range(0, flat.numel(), CHUNK):  # ties fill up, the earlier first
-        ties = s + (flat[s:s + CHUNK] == threshold).nonzero().flatten()[:open_places]
-        chosen[ties] = True
-        open_places -= len(ties)
-        if not open_places: break
+    chosen = flat >= threshold
+    surplus = int(chosen.count_nonzero()) - k
+    for s in reversed(range(0, flat.numel(), CHUNK)):  # too many because of ties: the last of them are given back
+        if not surplus: break
+        ties = s + (flat[s:s + CHUNK] == threshold).nonzero().flatten()[-surplus:]
+        chosen[ties] = False
+        surplus -= len(ties)
     return chosen.view(scores.shape)
 
 def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -100,7 +100,7 @@ def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
         out |= ties & (ties.cumsum(1, dtype=torch.int32) <= open_places)
     return chosen
 
-# %% ../nbs/03_mask.ipynb #a2dc81f7
+# %% ../nbs/03_mask.ipynb #a7f58cfb
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -151,12 +151,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #183bcb7d
+# %% ../nbs/03_mask.ipynb #e23b8dce
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #cdaf2ec4
+# %% ../nbs/03_mask.ipynb #dbcf9101
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -185,7 +185,7 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #8aa86957
+# %% ../nbs/03_mask.ipynb #87a9c14f
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
     with open(path, "rb") as file:
@@ -206,7 +206,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #03487ecf
+# %% ../nbs/03_mask.ipynb #bc420340
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -239,7 +239,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #d6e586fc
+# %% ../nbs/03_mask.ipynb #011c1e12
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -275,7 +275,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #0fab5311
+# %% ../nbs/03_mask.ipynb #a3fa2521
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -305,7 +305,7 @@ def masked(
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #d58bcbb6
+# %% ../nbs/03_mask.ipynb #1e561c1d
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()
