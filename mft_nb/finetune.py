@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'Recipe', 'Recipes', 'Dropout', 'How', 'checkpoint_of', 'a
            'mean_weights', 'interpolate', 'check', 'finetune', 'full', 'lora', 'continued', 'wise', 'train',
            'validation_loss', 'save']
 
-# %% ../nbs/20_finetune.ipynb #105afa64
+# %% ../nbs/20_finetune.ipynb #830f3726
 import os
 import shutil
 import time
@@ -30,7 +30,7 @@ from .study import (Count, NonNegative, Positive, Seed, Share, StudyName, checke
                           open_stage, read_jsonl, seed_everything, settings, write_jsonl)
 from .train import last_checkpoint, load_trained, make_trainer, save_trained, trained, training_order
 
-# %% ../nbs/20_finetune.ipynb #f65f20cc
+# %% ../nbs/20_finetune.ipynb #bf67226d
 class How(NamedTuple):
     "One way of fine-tuning."
     what: str
@@ -57,7 +57,7 @@ def checkpoint_of(study: str, recipe: str, seed: int) -> Path:
     home, name = ("continued", "average") if recipe == "average" else (recipe, "checkpoint")
     return finished(study, f"finetune/{home}-seed{seed}") / name
 
-# %% ../nbs/20_finetune.ipynb #814ef56b
+# %% ../nbs/20_finetune.ipynb #499cd676
 def add_adapters(
     net: nn.Module,  # changed in place: adapters beside all projection matrices of all blocks, all else frozen
     rank: int,
@@ -78,7 +78,7 @@ def merge_adapters(adapted) -> nn.Module:
     net.__dict__.pop("peft_config", None)  # peft leaves it behind
     return net.requires_grad_(True)
 
-# %% ../nbs/20_finetune.ipynb #63085977
+# %% ../nbs/20_finetune.ipynb #d71e4648
 class Snapshots(TrainerCallback):
     "Write what is trained at each validation, whole or not at all."
     def __init__(self, net: nn.Module, folder: Path):
@@ -101,7 +101,7 @@ def mean_weights(
     mean = lambda tensors: (sum(t.double() for t in tensors) / len(files)).to(tensors[0].dtype)
     save_file({n: mean([f.get_tensor(n) for f in files]) for n in files[0].keys()}, target)
 
-# %% ../nbs/20_finetune.ipynb #b13b5722
+# %% ../nbs/20_finetune.ipynb #83b1bcbd
 @torch.no_grad()
 def interpolate(
     base: nn.Module,
@@ -112,7 +112,7 @@ def interpolate(
     for a, b in zip(base.parameters(), tuned.parameters(), strict=True):
         b.copy_(torch.lerp(a.float(), b.float(), alpha))
 
-# %% ../nbs/20_finetune.ipynb #0b3e058f
+# %% ../nbs/20_finetune.ipynb #150b627f
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist, recipes do not fit together, or the disk is too small."
     check_model(params)
@@ -161,7 +161,7 @@ def finetune(
         write_jsonl(stage.work / "log.jsonl", log)
         return stage.finish(metrics | more, drop="training")
 
-# %% ../nbs/20_finetune.ipynb #fdb89518
+# %% ../nbs/20_finetune.ipynb #ae44ce99
 def full(net, p, given) -> tuple[list[dict], dict]:
     "All weights, with or without weight decay."
     if p.recipe == "decay": p.weight_decay = p.decay
