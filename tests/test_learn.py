@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch.distributions import RelaxedBernoulli
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config
 
+from mft_nb import gates
 from mft_nb import learn_mask as lm
 from mft_nb.chat import encode_rows
 from mft_nb.device import inference, pick_device
-from mft_nb.learn_mask import LEARNERS, Masking, hard_concrete, initial_scores, zeroed_by
+from mft_nb.gates import LEARNERS, Masking, MatrixAdam, hard_concrete, initial_scores, zeroed_by
 from mft_nb.loss import evaluate_losses
 from mft_nb.mask import Mask, apply_mask, budget, load_mask
 from mft_nb.model import load_model, load_tokenizer, maskable, tiny_config
@@ -251,7 +252,7 @@ def test_gates_compute_what_the_applied_mask_computes(family, dtype):
 @pytest.mark.parametrize("learner", ["mft", "mft-band"])
 def test_batches_that_accumulate_do_not_select_again(monkeypatch, learner):
     calls = []
-    monkeypatch.setattr(lm, "zeroed_by", lambda *a, real=zeroed_by: calls.append(len(a[1])) or real(*a))
+    monkeypatch.setattr(gates, "zeroed_by", lambda *a, real=zeroed_by: calls.append(len(a[1])) or real(*a))
     net = make("llama")
     masking = masked_by(net, learner)
     optimizer = torch.optim.AdamW(masking.scores.values(), lr=1e-3)
@@ -369,7 +370,7 @@ def test_the_reach_is_the_sum_of_the_learning_rates(tuned):
     assert sum(rates) == pytest.approx(lm.reach(1e-2, tuned.arguments["warmup"], 6))
 
 
-@pytest.mark.parametrize("learner", ["mft", "movement", "l0"])
+@pytest.mark.parametrize("learner", ["mft", "mft-scaled", "movement", "l0"])
 def test_learning_that_was_killed_ends_at_the_same_bits(tuned, tmp_path, learner):
     folder, draw, died = learned(tuned, learner), random.Random(learner), []
     undisturbed, wanted = tuned.runs[learner], killing.numbers(folder)
@@ -411,17 +412,19 @@ def test_recomputing_and_accumulating_change_nothing(tuned, tmp_path):
 
 # --- finding harm ----------------------------------------------------------------------------------------------------
 
-def harm_found(rule, steps=400):
-    "Share of the planted harmful weights of a regression that a learner switches off (the lesson of the notebook)."
+def harm_found(rule, small=0., steps=400):
+    """Share of the planted harmful weights of a regression that a learner switches off, the lesson of the notebook;
+    `small` is the size of wrong weights elsewhere."""
     g = torch.Generator().manual_seed(5)
     truth, harm = torch.zeros(40, 30), torch.zeros(40, 30, dtype=torch.bool)
     truth[:, :10] = 3 + torch.rand(40, 10, generator=g)
     harm[torch.arange(40), 10 + torch.randint(20, (40,), generator=g)] = True
     x = torch.randn(1000, 30, generator=g)
     net = torch.nn.Sequential(torch.nn.Linear(30, 40, bias=False))
-    net[0].weight.data = truth + harm * (.3 + .3 * torch.rand(40, 30, generator=g))
+    wrong = harm * (.3 + .3 * torch.rand(40, 30, generator=g)) + small * torch.randn(40, 30, generator=g)
+    net[0].weight.data = truth + wrong
     masking = Masking(net, rule, initial_scores(rule, {"0.weight": net[0].weight}, 1 - 40 / 1200, 0), 1 - 40 / 1200)
-    optimizer = torch.optim.AdamW(masking.scores.values(), lr=3e-3, weight_decay=0)
+    optimizer = (MatrixAdam if rule.scaled else torch.optim.Adam)(masking.scores.values(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     for masking.step in range(steps):
         (net(x) - x @ truth.T).square().mean().backward()
@@ -431,7 +434,11 @@ def harm_found(rule, steps=400):
     return (masking.zeroed()["0.weight"] & harm).sum().item() / 40
 
 
-@pytest.mark.parametrize("learner", ["mft", "mft-ones", "movement"])
+def test_adam_forgets_how_much_harm_a_weight_does():
+    assert harm_found(LEARNERS["mft"], small=3e-3) < .3 and harm_found(LEARNERS["mft-scaled"], small=3e-3) > .9
+
+
+@pytest.mark.parametrize("learner", ["mft", "mft-ones", "mft-scaled", "movement"])
 def test_weights_that_do_harm_are_found(learner): assert harm_found(LEARNERS[learner]) > .9
 
 
