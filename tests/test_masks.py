@@ -121,6 +121,13 @@ def test_a_budget_outside_the_matrix_is_refused(k, per_row):
     with pytest.raises(ValueError, match=f"k: found {k}, allowed is 0 to 12"): top_k(torch.ones(3, 4), k, per_row)
 
 
+def test_the_way_of_accelerators_chooses_the_same():
+    "By kthvalue instead of counting; on the CPU integers go that way, because they have no float bits."
+    whole = torch.randint(-40, 40, (300, 4000))
+    assert torch.equal(top_k(whole, 123_456), top_k(whole.float(), 123_456))
+    assert torch.equal(top_k(whole, 123_456), top_k(whole.bfloat16(), 123_456))
+
+
 def test_transposed_and_sliced_scores_are_selected_by_their_own_order():
     x = torch.randn(600, 400)
     for view in (x.T, x[::2, 1::3], x[:, 5:300]):
