@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from mft_nb.chat import encode_rows, template_ids
 from mft_nb.device import inference, pick_device
+from mft_nb.scores import collect
 from mft_nb.train import make_trainer
 from mft_nb.generate import generate_batch
 from mft_nb.humaneval import chat_prompt, load_humaneval
-from mft_nb.influence import band_gradients
 from mft_nb.loss import collate
 from mft_nb.mask import Mask, save_mask, top_k
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
@@ -104,8 +104,8 @@ def matmul_flops(where, n: int = 2048) -> float:
     return 2 * n**3 / turns(product)[0]
 
 
-def bench_influence(where, tokenizer) -> None:
-    "Gradients of a band of 3 of 30 layers against a full forward and backward, per example."
+def bench_scores(where, tokenizer) -> None:
+    "Gradients of a band of 3 of 30 layers against a full forward and backward; then everything any score needs."
     rows = batch_of(tokenizer, 8, 256)
     net = load_model(MODEL, where)
     band = maskable(net, resolve_band("20-23 of 32", 30))
@@ -117,12 +117,13 @@ def bench_influence(where, tokenizer) -> None:
         net.zero_grad(set_to_none=True)
         where.sync()
 
-    def ours():
-        band_gradients(net, band, rows, tokenizer.pad_token_id, where, 8)
+    def ours(*needs):
+        collect(net, band, rows, tokenizer.pad_token_id, where, 8, needs)
         where.sync()
 
-    a, b = turns(ours, full)
+    a, b, c = turns(lambda: ours("gradient"), full, lambda: ours("gradient", "squares", "inputs", "gram"))
     row("influence: cost per example, against a full forward and backward", f"{a / b:.2f}", "at most 0.70")
+    row("influence: everything that any score needs, against the gradient alone", f"{c / a:.2f}", "at most 1.50")
     held = sum(w.numel() for w in band.values()) / sum(w.numel() for w in net.parameters())
     row("influence: share of the model's gradients that is held", f"{held:.2f}", "the band's share")
 
@@ -171,5 +172,5 @@ if __name__ == "__main__":
     bench_start(where)
     bench_masks()
     bench_training(where, tokenizer)
-    bench_influence(where, tokenizer)
+    bench_scores(where, tokenizer)
     bench_generation(where, tokenizer)

@@ -18,7 +18,10 @@ TREE = ("nbs", "mft_nb", "papermill_params", "Snakefile", "settings.ini", "pypro
 # every code path of the smoke study, in two seconds: a checkpoint every other step, sums written in the midst
 SMALL = dict(train_per_source=4, gradient_per_source=6, validation_per_source=3, batch_size=4, checkpoint_every=2,
              validate_every=2, gradient_batch_size=1, methods=["sci", "random"], scan_methods=["sci"], scan_points=4,
-             scan_examples=6, problems=3, max_new_tokens=12, generation_batch_size=1, bootstrap_draws=1000)
+             scan_examples=6, problems=3, max_new_tokens=12, generation_batch_size=1, bootstrap_draws=1000,
+             learners=["mft"], sweep_points=2, sweep_bands=["0-1"], sweep_fractions=[.5], sweep_methods=["sci"],
+             sweep_examples=3, truth_weights=6, truth_groups=4, truth_examples=3, surface_points=3,
+             surface_examples=3)
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +52,11 @@ def smoke_defaults():
 def stage_calls(params, study="smoke"):
     "All stages of a study in order, as (module, function, arguments)."
     from importlib import import_module
-    todo = [("data", "prepare_data", {}), ("finetune", "finetune", {}), ("influence", "influence", {}),
-            *(("evaluate", "evaluate", dict(variant=v)) for v in ("base", "fft", *params["methods"])),
+    variants = ["base", "fft", *params["methods"], *params["learners"]]
+    todo = [("data", "prepare_data", {}), ("finetune", "finetune", dict(recipe="fft")), ("influence", "influence", {}),
+            *(("learn_mask", "learn_mask", dict(learner=x)) for x in params["learners"]),
+            ("sweep", "sweep", {}), ("truth", "truth", {}), ("surface", "surface", {}),
+            *(("evaluate", "evaluate", dict(variant=v)) for v in variants),
             ("apply_mask", "publish", dict(variant="sci")), ("compare", "compare", {}), ("report", "write_report", {})]
     calls = []
     for module, name, more in todo:

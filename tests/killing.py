@@ -61,8 +61,8 @@ def _work(home, calls, kill_at, environment):
 def processes():
     "Processes forked from one that has imported everything: a kill costs milliseconds instead of seconds."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"mft_nb.{m}" for m in ("data", "finetune", "influence", "evaluate", "compare",
-                                                             "report")] + ["datasets", "accelerate"])
+    context.set_forkserver_preload([f"mft_nb.{m}" for m in ("data", "finetune", "influence", "learn_mask", "sweep",
+                                                             "truth", "surface", "evaluate", "compare", "report")] + ["datasets", "accelerate"])
     return context
 
 

@@ -5,7 +5,8 @@ import shutil
 import killing
 import pytest
 
-KILLS = dict(data=1, finetune=4, influence=3, evaluate=2, apply_mask=1, compare=1, report=1)
+KILLS = dict(data=1, finetune=4, influence=3, learn_mask=3, sweep=2, truth=2, surface=2, evaluate=2, apply_mask=1, compare=1,
+             report=1)
 
 
 def before(small, home, stage):
@@ -20,7 +21,8 @@ def test_a_killed_stage_ends_with_the_same_numbers(small, tmp_path, stage):
     calls = [c for c in small.calls if c[0] == stage and c[2].get("variant", "sci") == "sci"]
     variant = calls[0][2].get("variant", "")
     undisturbed = small.done[stage, variant]
-    where = f"{stage}/{variant}-seed0" if variant else f"{stage}/seed0" if "seed" in calls[0][2] else stage
+    name = variant or calls[0][2].get("recipe") or calls[0][2].get("learner")
+    where = f"{stage}/{name}-seed0" if name else f"{stage}/seed0" if "seed" in calls[0][2] else stage
     home, draw, died = before(small, tmp_path, where), random.Random(stage), []
     for kill in range(KILLS[stage]):
         if kill % 2: run = killing.run(home, calls, kill_after=draw.uniform(.1, .8) * undisturbed.seconds)

@@ -24,10 +24,11 @@ from mft_nb.device import inference, pick_device
 from mft_nb.evaluate import reference_chat
 from mft_nb.generate import generate_batch
 from mft_nb.humaneval import extract_code, load_humaneval, score
-from mft_nb.influence import METHODS, band_gradients, from_layer, scores_of, whole_gradient
+from mft_nb.influence import from_layer
 from mft_nb.loss import collate, evaluate_losses, example_losses, head_is_plain, label_losses
 from mft_nb.mask import Mask, apply_mask, load_mask, save_mask
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band, tiny_tokenizer
+from mft_nb.scores import METHODS, Evidence, collect, evidence_of, scores_of, whole_gradient
 from mft_nb.study import read_jsonl
 from mft_nb.train import ChatTrainer, MasterAdamW, last_checkpoint, make_trainer
 
@@ -184,7 +185,7 @@ def test_lower_layers_are_really_skipped():
 def test_band_gradients_are_those_of_the_whole_model(family):
     model, rows = random_model(family), examples()
     weights = maskable(model, resolve_band("2-3", 4))
-    got = whole_gradient(band_gradients(model, weights, rows, 0, CPU, batch_size=3))
+    got = whole_gradient(collect(model, weights, rows, 0, CPU, batch_size=3))
     assert all(p.grad is None for p in model.parameters())
     model.requires_grad_(True)
     torch.stack([model(**collate([r], 0, multiple=1)).loss for r in rows]).mean().backward()
@@ -196,8 +197,8 @@ def test_band_gradients_are_those_of_the_whole_model(family):
 def tuned(small):
     "The small study's fine-tuned model in float64, with gradient examples."
     folder = small.home / "runs" / "smoke"
-    tokenizer = load_tokenizer(folder / "finetune/seed0/checkpoint")
-    model = load_model(folder / "finetune/seed0/checkpoint", CPU, torch.float64)
+    tokenizer = load_tokenizer(folder / "finetune/fft-seed0/checkpoint")
+    model = load_model(folder / "finetune/fft-seed0/checkpoint", CPU, torch.float64)
     rows, _ = encode_rows(tokenizer, read_jsonl(folder / "data/gradient.jsonl"), 1024)
     return SimpleNamespace(model=model, rows=rows[:6], folder=folder)
 
@@ -231,8 +232,8 @@ def test_the_direction_of_the_scores_by_finite_differences(tuned):
     weights = maskable(tuned.model, resolve_band("20-23 of 32", 4))
     gradient = float64_gradient(tuned.model, weights, tuned.rows)
     single = copy.deepcopy(tuned.model).float()
-    ours = whole_gradient(band_gradients(single, maskable(single, resolve_band("20-23 of 32", 4)), tuned.rows, 0, CPU))
-    taylor, sci = (scores_of(m, weights, ours, 0) for m in ("taylor", "sci"))
+    found = collect(single, maskable(single, resolve_band("20-23 of 32", 4)), tuned.rows, 0, CPU)
+    taylor, sci = (scores_of(m, evidence_of(found, weights), 0) for m in ("taylor", "sci"))
     before, agree, ratios = float64_loss(tuned.model, tuned.rows), [], []
     for name, w in weights.items():
         flat = taylor[name].flatten()
@@ -254,7 +255,7 @@ def test_removing_what_the_score_wants_to_remove_lowers_the_loss(tuned):
     before = float64_loss(tuned.model, tuned.rows)
     for method in ("sci", "taylor"):
         for sign in (1, -1):
-            scores = {n: sign * s for n, s in scores_of(method, weights, gradient, 0).items()}
+            scores = {n: sign * s for n, s in scores_of(method, evidence_of({}, weights, gradient=gradient), 0).items()}
             model = copy.deepcopy(tuned.model)
             apply_mask(model, Mask({n: Mask.from_scores({n: s}, 1 - 20 / s.numel()).masked[n]
                                     for n, s in scores.items()}))
@@ -263,15 +264,18 @@ def test_removing_what_the_score_wants_to_remove_lowers_the_loss(tuned):
 
 def test_sci_is_taylor_per_weight():
     w, g = torch.randn(50, 40).double(), torch.randn(50, 40).double()
-    sci, taylor = METHODS["sci"].score(w, g, None), METHODS["taylor"].score(w, g, None)
+    sci, taylor = (METHODS[m].score(Evidence(w, g)) for m in ("sci", "taylor"))
     assert torch.allclose(sci * w.abs(), taylor) and METHODS["sci"].signed and METHODS["taylor"].signed
 
 
 def test_the_masks_of_the_stage_follow_from_its_gradient(small):
-    "Recomputed by hand from gradient.safetensors and the checkpoint: the mask file zeroes the highest sign(w) g."
+    "Recomputed by hand from the statistics and the checkpoint: the mask file zeroes the highest sign(w) g."
     folder = small.home / "runs/smoke"
-    gradient = load_file(folder / "influence/seed0/gradient.safetensors")
-    weights = load_file(folder / "finetune/seed0/checkpoint/model.safetensors")
+    found = load_file(folder / "influence/seed0/statistics.safetensors")
+    both = {n: found[f"even/{n}"] * found["n/even"] + found[f"odd/{n}"] * found["n/odd"] for n in
+            (k.removeprefix("even/") for k in found if k.startswith("even/"))}
+    gradient = {n: g / (found["n/even"] + found["n/odd"]) for n, g in both.items()}
+    weights = load_file(folder / "finetune/fft-seed0/checkpoint/model.safetensors")
     mask = load_mask(folder / "influence/seed0/masks/sci.safetensors")
     assert mask.masked.keys() == gradient.keys() and mask.count() > 0
     for name, m in mask.masked.items():
@@ -284,14 +288,14 @@ def test_the_masks_of_the_stage_follow_from_its_gradient(small):
 
 def test_the_published_checkpoint_is_the_mask_applied(small):
     folder = small.home / "runs/smoke"
-    before = load_file(folder / "finetune/seed0/checkpoint/model.safetensors")
+    before = load_file(folder / "finetune/fft-seed0/checkpoint/model.safetensors")
     after = load_file(folder / "apply_mask/sci-seed0/checkpoint/model.safetensors")
     mask = load_mask(folder / "influence/seed0/masks/sci.safetensors")
     assert before.keys() == after.keys()
     for name, b in before.items():
         m = mask.masked.get(name, torch.zeros(b.shape, dtype=torch.bool))
         assert torch.equal(after[name][~m], b[~m]) and (after[name][m] == 0).all() and after[name].dtype == b.dtype
-    model = load_model(folder / "finetune/seed0/checkpoint", CPU)
+    model = load_model(folder / "finetune/fft-seed0/checkpoint", CPU)
     apply_mask(model, mask)
     published = load_model(folder / "apply_mask/sci-seed0/checkpoint", CPU)
     assert all(map(torch.equal, model.state_dict().values(), published.state_dict().values()))
@@ -300,7 +304,7 @@ def test_the_published_checkpoint_is_the_mask_applied(small):
 def test_a_checkpoint_in_several_files_is_masked(tmp_path, small):
     folder, checkpoint = small.home / "runs/smoke", tmp_path / "sharded"
     mask = load_mask(folder / "influence/seed0/masks/random.safetensors")
-    model = load_model(folder / "finetune/seed0/checkpoint", CPU)
+    model = load_model(folder / "finetune/fft-seed0/checkpoint", CPU)
     model.save_pretrained(checkpoint, max_shard_size="150KB")
     assert len(list(checkpoint.glob("*.safetensors"))) > 3
     write_masked(checkpoint, mask, tmp_path / "masked")
@@ -312,7 +316,7 @@ def test_a_checkpoint_in_several_files_is_masked(tmp_path, small):
 def test_a_mask_of_another_checkpoint_is_refused(tmp_path, small):
     mask = Mask({"model.layers.77.self_attn.q_proj.weight": torch.ones(64, 64, dtype=torch.bool)})
     with pytest.raises(ValueError, match="is this the mask's checkpoint"):
-        write_masked(small.home / "runs/smoke/finetune/seed0/checkpoint", mask, tmp_path / "masked")
+        write_masked(small.home / "runs/smoke/finetune/fft-seed0/checkpoint", mask, tmp_path / "masked")
     with pytest.raises(ValueError, match="no weight"): apply_mask(load_model("tiny", CPU), mask)
     other = tmp_path / "other.safetensors"
     save_file({"w": torch.zeros(3)}, other)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import copy_tree, stage_calls
 
-VARIANTS = ("base", "fft", "sci", "taylor", "magnitude", "random")
+VARIANTS = ("base", "fft", "sci", "taylor", "magnitude", "random", "mft")
 
 
 class WholeStudy:
@@ -77,7 +77,7 @@ class WholeStudy:
 def whole(tmp_path_factory):
     "The smoke study from nothing to its report, with papermill and Snakemake killed on the way."
     study = WholeStudy(tmp_path_factory.mktemp("whole"))
-    study.killed = study.kill_in("finetune/seed0", 1.5)
+    study.killed = study.kill_in("finetune/fft-seed0", 1.5)
     study.said = study.run()
     return study
 
@@ -88,7 +88,8 @@ def test_the_kill_met_a_stage_at_work(whole):
 
 
 def test_every_stage_is_there_and_no_notebook_holds_an_error(whole):
-    stages = ["data", "finetune/seed0", "influence/seed0", *(f"evaluate/{v}-seed0" for v in VARIANTS), "compare"]
+    stages = ["data", "finetune/fft-seed0", "influence/seed0", "learn_mask/mft-seed0", "sweep/seed0", "truth/seed0",
+              "surface/seed0", *(f"evaluate/{v}-seed0" for v in VARIANTS), "compare"]
     for stage in (*stages, "report"): assert (whole.runs / stage / "manifest.json").exists(), stage
     notebooks = sorted((whole.runs / "notebooks").glob("*.ipynb"))
     assert len(notebooks) == len(stages) + 1
@@ -101,7 +102,7 @@ def test_every_stage_is_there_and_no_notebook_holds_an_error(whole):
 
 def test_the_terminal_shows_stage_progress_rate_and_eta(whole):
     shown = whole.terminal.read_text()
-    for stage, unit in (("finetune seed 0", "tok"), ("gradients seed 0", "example"), ("scan seed 0", "mask"),
+    for stage, unit in (("finetune fft seed 0", "tok"), ("gradients seed 0", "example"), ("scan seed 0", "mask"),
                         ("losses of sci seed 0", "example"), ("answers of sci seed 0", "problem")):
         lines = [line for line in re.split(r"[\r\n]", shown) if line.startswith(stage)]
         assert lines, f"nothing of {stage}"
@@ -126,8 +127,9 @@ def test_a_second_run_does_nothing_in_seconds(whole):
 
 
 @pytest.mark.parametrize("keys, rules", [
-    (dict(max_new_tokens=32), dict(evaluate=6, compare=1, report=1)),
-    (dict(learning_rate=.002), dict(finetune=1, influence=1, evaluate=5, compare=1, report=1)),
+    (dict(max_new_tokens=32), dict(evaluate=7, compare=1, report=1)),
+    (dict(learning_rate=.002), dict(finetune=1, influence=1, learn_mask=1, sweep=1, truth=1, surface=1, evaluate=6,
+                                    compare=1, report=1)),
 ], ids=["evaluate", "finetune"])
 def test_a_changed_parameter_reruns_what_depends_on_it(whole, keys, rules):
     before = whole.edit(**keys)
