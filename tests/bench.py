@@ -14,14 +14,14 @@ from transformers import TrainerCallback
 
 from mft_nb.chat import encode_rows, template_ids
 from mft_nb.device import inference, pick_device
-from mft_nb.scores import collect
-from mft_nb.train import make_trainer
 from mft_nb.generate import generate_batch
 from mft_nb.humaneval import chat_prompt, load_humaneval
 from mft_nb.loss import collate
 from mft_nb.mask import Mask, save_mask, top_k
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
+from mft_nb.scores import collect
 from mft_nb.sources import load_source
+from mft_nb.train import make_trainer
 
 os.environ.setdefault("MFT_NB_TERMINAL", os.devnull)  # the table is the output
 MODEL = "smollm2-135m-instruct"

@@ -62,7 +62,8 @@ def processes():
     "Processes forked from one that has imported everything: a kill costs milliseconds instead of seconds."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"mft_nb.{m}" for m in ("data", "finetune", "influence", "learn_mask", "sweep",
-                                                             "truth", "surface", "evaluate", "compare", "report")] + ["datasets", "accelerate"])
+                                                             "truth", "surface", "evaluate", "compare", "report")]
+                                   + ["datasets", "accelerate"])
     return context
 
 

@@ -43,7 +43,8 @@ def manifest(folder, params, **facts):
 
 
 def make_study(runs, study="made-up", seeds=(0,), recipes=(), methods=METHODS, learners=LEARNERS, effects=None,
-               examples=40, problems=20, layers=3, model="smollm2-135m-instruct", plus=False, answers=True, extra=False):
+               examples=40, problems=20, layers=3, model="smollm2-135m-instruct", plus=False, answers=True,
+               extra=False):
     """Write runs/<study>/{data,finetune,influence,learn_mask,evaluate}, and {sweep,truth,surface} when `extra`.
     `effects`: variant -> shift of its losses against fft; a variant passes fewer problems the larger it is."""
     rng, folder, effects = np.random.default_rng(0), runs / study, effects or {}
@@ -170,8 +171,8 @@ def make_sweep(folder, methods, seed, layers):
         rows += [dict(method=m, share=s, masked=int(s * 1e6), change=harm * s * s - .3 * s + rng.normal(0, 1e-4),
                       se=.02 * s ** .5 + 1e-4, n=24) for s in np.geomspace(1e-6, .3, 7)]
         save_mask(Mask.from_scores(made_scores(seed, layers, True), .99, method=m), folder / f"masks/{m}.safetensors")
-    bands = [dict(method=m, band=b, change=abs(effect_of(m)) * x, se=.01, n=24, masked=1000, asked=1000)
-             for m in methods for b, x in {"0-7": 3., "8-15": 1.5, "16-23": .8, "24-29": 1.2}.items()]
+    bands = [dict(band=f"{a}-{a + 7} of 32", first=a, last=a + 7, method=m, change=abs(effect_of(m)) * x, se=.01, n=24,
+                  masked=1000) for m in methods for a, x in {0: 3., 8: 1.5, 16: .8, 22: 1.2}.items()]
     fractions = [dict(method=m, fraction=x, examples=int(20 * x), change=abs(effect_of(m)) / (.3 + x), se=.01, n=24,
                       masked=1000) for m in methods for x in (.1, .25, .5, 1.)]
     for name, found in dict(keeps=rows, bands=bands, fractions=fractions).items():

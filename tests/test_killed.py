@@ -5,8 +5,8 @@ import shutil
 import killing
 import pytest
 
-KILLS = dict(data=1, finetune=4, influence=3, learn_mask=3, sweep=2, truth=2, surface=2, evaluate=2, apply_mask=1, compare=1,
-             report=1)
+KILLS = dict(data=1, finetune=4, influence=3, learn_mask=3, sweep=2, truth=2, surface=2, evaluate=2,
+             apply_mask=1, compare=1, report=1)
 
 
 def before(small, home, stage):

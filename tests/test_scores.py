@@ -29,10 +29,11 @@ def made_up(outputs=12, inputs=20, examples=40, seed=0):
     "A linear layer with its inputs, the gradients of single examples, and everything a score may look at."
     rng = np.random.default_rng(seed)
     w, base = rng.normal(size=(outputs, inputs)), rng.normal(size=(outputs, inputs))
-    x, each = rng.normal(size=(examples, inputs)) * rng.uniform(.1, 3, inputs), rng.normal(size=(examples, outputs, inputs))
+    x = rng.normal(size=(examples, inputs)) * rng.uniform(.1, 3, inputs)
+    each = rng.normal(size=(examples, outputs, inputs))
     t = lambda a: torch.from_numpy(np.ascontiguousarray(a))
-    e = Evidence(t(w), t(each.mean(0)), t((each**2).mean(0)), t(np.sqrt((x**2).mean(0))), t(x.T @ x / examples), t(base),
-                 torch.Generator().manual_seed(3))
+    e = Evidence(t(w), t(each.mean(0)), t((each**2).mean(0)), t(np.sqrt((x**2).mean(0))), t(x.T @ x / examples),
+                 t(base), torch.Generator().manual_seed(3))
     return e, w, base, x, each
 
 
