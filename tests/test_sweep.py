@@ -25,8 +25,9 @@ from mft_nb.study import declared, finished, read_json, read_jsonl, stage_notebo
 
 CPU = pick_device("cpu", "float32")
 MINE = dict(methods=["sci", "taylor", "second-order", "magnitude", "random", "dare"], recipes=[],
-            learners=["mft-initial"], sweep_methods=["sci", "wanda", "magnitude", "dare"], sweep_points=4,
-            sweep_from=.001, sweep_to=.3, sweep_bands=["0-0", "1-2"], sweep_fractions=[.5], sweep_examples=6, truth_weights=12, truth_groups=8,
+            learners=["mft-initial"], sweep_methods=["sci", "wanda", "magnitude", "dare"],
+            sweep_points=4, sweep_from=.001, sweep_to=.3,
+            sweep_bands=["0-0", "1-2"], sweep_fractions=[.5], sweep_examples=6, truth_weights=12, truth_groups=8,
             truth_examples=3, surface_points=3, surface_examples=4)
 FROM = {"sweep": sweeps, "truth": truths, "surface": surfaces}
 
