@@ -112,6 +112,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mft_nb.facts.logs_of': ('facts.html#logs_of', 'mft_nb/facts.py'),
                               'mft_nb.facts.mask_size': ('facts.html#mask_size', 'mft_nb/facts.py'),
                               'mft_nb.facts.mask_table': ('facts.html#mask_table', 'mft_nb/facts.py'),
+                              'mft_nb.facts.own_band': ('facts.html#own_band', 'mft_nb/facts.py'),
                               'mft_nb.facts.share_masked': ('facts.html#share_masked', 'mft_nb/facts.py'),
                               'mft_nb.facts.stages_of': ('facts.html#stages_of', 'mft_nb/facts.py'),
                               'mft_nb.facts.tables': ('facts.html#tables', 'mft_nb/facts.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'stages_of', 'tables', 'gather', 'logs_of', 'mask_size', 'layers_in_words', 'share_masked', 'where_masked',
-           'values', 'mask_table', 'cost_table']
+           'own_band', 'values', 'mask_table', 'cost_table']
 
-# %% ../nbs/69_facts.ipynb #e1d7bdc8
+# %% ../nbs/69_facts.ipynb #248e0ca2
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .names import family, label, stem
 from .study import finished, read_json, read_jsonl, settings
 from .wording import rows_against, verdict
 
-# %% ../nbs/69_facts.ipynb #2ed39974
+# %% ../nbs/69_facts.ipynb #5cd93c3f
 OPTIONAL = ("sweep", "truth", "surface")  # stages that a study may leave out
 
 def stages_of(study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def tables(study: str, stage: str, seeds: list[int], name: str) -> dict[int, pd.
              if p.exists() and p.stat().st_size > 1 and (p.parent / "manifest.json").exists()}
     return {s: t for s, t in found.items() if len(t)}
 
-# %% ../nbs/69_facts.ipynb #b06f99c8
+# %% ../nbs/69_facts.ipynb #82018f82
 def gather(
     study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str],
 ) -> SimpleNamespace:
@@ -67,6 +67,7 @@ def gather(
     signed = [m for m in dict.fromkeys(f.scores[seeds[0]].method) if family(m) == "signed"]
     f.shown_scores = (signed or list(dict.fromkeys(f.scores[seeds[0]].method)))[:4]
     f.keeps, f.bands, f.fractions = (tables(study, "sweep", seeds, f"{n}.csv") for n in ("keeps", "bands", "fractions"))
+    for t in f.bands.values(): t["band"] = [f"{a}-{b}" for a, b in zip(t["first"], t["last"], strict=True)]
     f.judged, f.calibration = (tables(study, "truth", seeds, f"{n}.csv") for n in ("scores", "calibration"))
     f.surface, f.places = (tables(study, "surface", seeds, f"{n}.csv") for n in ("surface", "places"))
     f.files = {(v, s): variant_of(study, v, s).mask for v in f.masked for s in seeds}
@@ -95,7 +96,7 @@ def mask_size(path: Path) -> dict:
     of = sum(int(np.prod(s)) for s in about["shapes"].values())
     return dict(masked=masked, asked=about["provenance"].get("asked", masked), of=of)
 
-# %% ../nbs/69_facts.ipynb #378693eb
+# %% ../nbs/69_facts.ipynb #a7323029
 def layers_in_words(f) -> str:
     "layers 19-21"
     first, last = f.influence["metrics"]["band"].split("-")
@@ -111,11 +112,18 @@ def where_masked(f, variant: str) -> str:
     inside = f.sizes[variant, f.seeds[0]]["of"] == f.influence["metrics"]["band_weights"]
     return f"{share_masked(f, variant)} of the weights of {layers_in_words(f) if inside else 'all layers'}"
 
+def own_band(f) -> pd.DataFrame:
+    "What the masks of the study do in its own band, with the columns of bands.csv; measured on all examples."
+    found = f.tests[(f.tests.instrument == "validation_loss") & (f.tests.against == "fft") & (f.tests.seed == "all")]
+    band = f.influence["metrics"]["band"]
+    return pd.DataFrame(dict(method=found.variant, band=band, first=int(band.split("-")[0]), change=found.difference,
+                             n=found.n))
+
 def values(f, instrument: str) -> dict[str, float]:
     "variant -> value, all seeds together."
     return f.table[(f.table.instrument == instrument) & (f.table.seed == "all")].set_index("variant").value.to_dict()
 
-# %% ../nbs/69_facts.ipynb #cbc8ad4d
+# %% ../nbs/69_facts.ipynb #a8b7f49e
 def mask_table(f) -> pd.DataFrame:
     "masks.csv: for each mask its size, and its changes in absolute numbers and relative to fine-tuning."
     rows, gain = [], {r.instrument: r.difference for r in rows_against(f.tests, "base")}
@@ -132,7 +140,7 @@ def mask_table(f) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/69_facts.ipynb #aaa922d6
+# %% ../nbs/69_facts.ipynb #61447c92
 def cost_table(f) -> pd.DataFrame:
     """Seconds, tokens and peak memory of making each variant, means over seeds. All scores come from one stage, and its
     tokens are estimated from the mean length of the training chats."""

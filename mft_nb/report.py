@@ -8,7 +8,7 @@ __all__ = ['TINY', 'FEW', 'PUBLISHED', 'SECTIONS', 'opening', 'words', 'how_it_c
            'pick_samples', 'programs', 'beside_published', 'origin', 'really_used', 'duration', 'stage_rows',
            'how_it_ran', 'draw', 'flips', 'levels', 'draw_masks', 'write_report', 'publish']
 
-# %% ../nbs/70_report.ipynb #38cc9f5a
+# %% ../nbs/70_report.ipynb #6c0bcfb8
 import shutil
 from pathlib import Path
 
@@ -17,14 +17,14 @@ import pandas as pd
 from . import figures, mask_figures, study_figures
 from .compare import INSTRUMENTS
 from .data import markdown_table
-from .facts import cost_table, gather, layers_in_words, mask_table, share_masked, values, where_masked
-from .finetune import RECIPES, Recipes
+from .facts import cost_table, gather, layers_in_words, mask_table, own_band, share_masked, values, where_masked
+from .finetune import Recipes
 from .humaneval import load_humaneval
 from .learn_mask import LEARNERS, Learners
 from .mask import load_mask
 from .mask_figures import places
 from .model import EMBEDDED
-from .names import FAMILIES, family, in_order, label, short, stem
+from .names import FAMILIES, family, in_order, label, short
 from .page import fenced, split_pictures, to_html
 from .scores import METHODS, Methods
 from .sections import baselines, cost, ground_truth, landscape, learned, sweeps, truth
@@ -32,7 +32,7 @@ from .study import Seeds, StudyName, finished, open_stage, settings
 from .study_figures import sweep_lines
 from .wording import answer, beside_chance, listed, measured, rows_against, tally, verdict, yes_or_no
 
-# %% ../nbs/70_report.ipynb #83940fd9
+# %% ../nbs/70_report.ipynb #86097869
 TINY = ("**Tiny random model: no result.** This is the smoke study: it runs every step on a model of random weights in "
         "seconds, to show that the machinery works. Its numbers mean nothing.")
 
@@ -77,7 +77,7 @@ def how_it_chooses(variant: str) -> tuple[str, str]:
     kind = "at random" if m.formula == "uniform" else f"the highest `{m.formula}`"
     return kind + ("" if m.mode == "zero" else f"; applied by {m.mode}"), m.source
 
-# %% ../nbs/70_report.ipynb #7e03ea50
+# %% ../nbs/70_report.ipynb #8da0fb3a
 FEW = 12  # variants up to which every number fits into one table
 
 def value_cell(row) -> str:
@@ -154,7 +154,7 @@ def results(f) -> str:
         "seeds and items as crossed random effects for several runs. *Won / lost* counts problems that only one of "
         "the two solves.", tests_table(f)] if p)
 
-# %% ../nbs/70_report.ipynb #70ac3eba
+# %% ../nbs/70_report.ipynb #27b5ced0
 def budget_table(f) -> str:
     "Weights zeroed in each matrix: every layer of the band has the same shapes."
     mask = f.masks[f.focus[0]]
@@ -189,7 +189,7 @@ def where_they_fall(f) -> str:
            + (", the diagonal compares a method's masks of two fine-tuning seeds." if len(f.seeds) > 1 else "."),
            "![Overlap of the masks](overlap.png)"] if len(f.masked) > 1 or len(f.seeds) > 1 else [])])
 
-# %% ../nbs/70_report.ipynb #d9575cdc
+# %% ../nbs/70_report.ipynb #c905c608
 def sample(f, variant: str, task: str, question: str = "") -> str:
     "One program with its verdict."
     row = next(r for r in f.problems[variant, f.seeds[0]] if r["task_id"] == task)
@@ -225,7 +225,7 @@ def programs(f) -> str:
                   *(sample(f, v, task) for v in ("fft", *f.focus))]
     return "\n\n".join(parts)
 
-# %% ../nbs/70_report.ipynb #0e888acb
+# %% ../nbs/70_report.ipynb #e1193881
 PUBLISHED = [  # source, model, what, HumanEval pass@1 of FFT, with the mask or baseline
     ("MFT paper (arXiv 2503.22764)", "LLaMA2-7B", "learned mask (MFT), 10% of layers 20-23", "29.3", "31.7"),
     ("README of the MFT code", "LLaMA2-7B", "the same", "29.9", "33.5"),
@@ -250,7 +250,7 @@ def beside_published(f) -> str:
         "For single weights, the SCI replication found that the sign of the score agrees with the measured change of "
         "loss in 51.5% of the cases, with a correlation of −0.056."])
 
-# %% ../nbs/70_report.ipynb #f02f6e00
+# %% ../nbs/70_report.ipynb #5898d145
 def origin(model: str) -> str:
     "Where the weights of a model are from."
     if model == "tiny": return "random weights, built in process"
@@ -278,7 +278,7 @@ def really_used(f) -> str:
         f"the answers only. Validation loss went from {curve.eval_loss.iloc[0]:.3f} to {curve.eval_loss.iloc[-1]:.3f} "
         f"(seed {f.seeds[0]})."])
 
-# %% ../nbs/70_report.ipynb #be00ccba
+# %% ../nbs/70_report.ipynb #f35583f2
 def duration(seconds: float) -> str:
     "12 s, 3 min 20 s, 2 h 5 min."
     s = round(seconds)
@@ -314,7 +314,7 @@ def how_it_ran(f) -> str:
         "*+changes* means that the working tree differed from that commit. The executed notebook of every stage is in "
         f"`runs/{f.study}/notebooks/`."])
 
-# %% ../nbs/70_report.ipynb #b5eafeed
+# %% ../nbs/70_report.ipynb #f1f99189
 def draw(f, folder: Path) -> None:
     "All figures of the report, as PNG and SVG."
     seed, own = f.seeds[0], lambda figure, name: figures.save_figure(figure, folder, name)
@@ -332,7 +332,7 @@ def draw(f, folder: Path) -> None:
     budget = 1 - f.influence["params"]["keep"]
     share, data = "share of the band's weights that is zeroed", "share of the gradient examples"
     if f.keeps: own(sweep_lines(f.keeps, "share", share, f.study, budget, best=True), "keep_sweep")
-    if f.bands: own(study_figures.band_map(f.bands, f.study), "band_sweep")
+    if f.bands: own(study_figures.band_map(f.bands, f.study, own_band(f)), "band_sweep")
     if f.fractions: own(sweep_lines(f.fractions, "fraction", data, f.study), "data_sweep")
     if f.judged: own(study_figures.truth_plot(f.judged, f.study), "truth")
     if f.calibration: own(study_figures.calibration_plot(f.calibration, f.study), "calibration")
@@ -365,7 +365,7 @@ def draw_masks(f, own) -> None:
         pairs.append(seeds.assign(a=v, b=v))
     if any(len(p) for p in pairs): own(mask_figures.overlap_map(pd.concat(pairs), f.study), "overlap")
 
-# %% ../nbs/70_report.ipynb #df81825d
+# %% ../nbs/70_report.ipynb #60bb6dcf
 SECTIONS = (opening, results, learned, baselines, sweeps, truth, ground_truth, landscape, where_they_fall, cost,
             programs, beside_published, really_used, how_it_ran)
 

@@ -6,19 +6,19 @@
 __all__ = ['baselines', 'kept_start', 'learned', 'starred', 'own_best', 'sweeps', 'scan_line', 'step_line', 'truth',
            'ground_truth', 'landscape', 'cost']
 
-# %% ../nbs/69_sections.ipynb #29c39f4a
+# %% ../nbs/69_sections.ipynb #0397ddd3
 import numpy as np
 import pandas as pd
 
 from .compare import INSTRUMENTS
 from .data import markdown_table
-from .facts import cost_table
+from .facts import cost_table, layers_in_words
 from .influence import holds_until
 from .names import in_order, label, short
 from .study_figures import PUBLISHED as PUBLISHED_TRUTH
 from .wording import another_recipe, clause, fine_tuning, headline, measured, number, rows_against, verdict
 
-# %% ../nbs/69_sections.ipynb #2f9850f5
+# %% ../nbs/69_sections.ipynb #f8453ec5
 def baselines(f) -> str:
     "What fine-tuning did, and what the other recipes do instead of a mask."
     lines = ["## Fine-tuning without a mask", fine_tuning(f.tests)]
@@ -34,7 +34,7 @@ def baselines(f) -> str:
                         if None not in steps else "") + ", so its validation loss is chosen on itself.")
     return "\n\n".join([*lines, "![Loss over training](training.png)"])
 
-# %% ../nbs/69_sections.ipynb #9c2c3cbe
+# %% ../nbs/69_sections.ipynb #c1e3927a
 def kept_start(overlap: float, chance: float) -> str:
     "What it means that a learned mask shares a part of itself with the one it started from."
     if overlap > .9: return "it is little more than the random draw that it started from"
@@ -70,7 +70,7 @@ def learned(f) -> str:
                              f"{headline(started)}: {'; '.join(map(clause, started))}.")
     return "\n\n".join([*lines, markdown_table(head, rows), "![Overlap with the initial mask](learned.png)"])
 
-# %% ../nbs/69_sections.ipynb #e308dc8f
+# %% ../nbs/69_sections.ipynb #ad629570
 def starred(row) -> str:
     "A difference, with a star when it is significant; empty without a row."
     if row is None: return ""
@@ -111,6 +111,8 @@ def sweeps(f) -> str:
                   "Changes against FFT; a star is significant after Holm's correction; empty where a mask was not "
                   "evaluated.", "![Change of the loss over the share that is zeroed](keep_sweep.png)"]
     if f.bands:
+        lines.append(f"Other bands at the same budget; the study's own, {layers_in_words(f)}, stands beside them with "
+                     "its change on all validation examples.")
         mean = pd.concat(f.bands.values()).groupby(["method", "band"]).change.mean()
         for v in [v for v in f.focus if v in mean.index]:
             low, high = mean[v].idxmin(), mean[v].idxmax()
@@ -121,7 +123,7 @@ def sweeps(f) -> str:
     if f.fractions: lines.append("![Change of the loss over the number of examples behind a score](data_sweep.png)")
     return "\n\n".join(lines)
 
-# %% ../nbs/69_sections.ipynb #a2660d9d
+# %% ../nbs/69_sections.ipynb #82f0728e
 def scan_line(
     method: str,
     scan: pd.DataFrame,  # sets of growing size, zeroed: scan.csv
@@ -133,8 +135,8 @@ def scan_line(
     until = (f"holds up to {100 * held:.2g}% of the band ({scan[scan.share <= held].masked.max():,.0f} weights)"
              if held else f"does not hold even for the smallest set ({scan.masked.min():,.0f} weights)")
     return (f"- **{short(method)}**: when weights are zeroed, the prediction {until}. For {100 * last.share:.2g}% it "
-            f"promised {measured(loss, last.predicted, True)}, cross-fitted {measured(loss, last.crossfitted, True, False)}; "
-            f"measured was {measured(loss, last.measured, True, False)} (± {1.96 * last.se:.2g}). "
+            f"promised {measured(loss, last.predicted, True)}, cross-fitted "
+            f"{measured(loss, last.crossfitted, True, False)}; measured was {measured(loss, last.measured, True, False)} (± {1.96 * last.se:.2g}). "
             f"{step_line(steps[steps.method == method])}")
 
 def step_line(rows: pd.DataFrame) -> str:
@@ -178,7 +180,7 @@ def truth(f) -> str:
                             ": for most weights the sign of the score is noise." if agree.mean() < .55 else "."),
                         "![Distribution of the scores by matrix](scores.png)" if f.shown_scores else ""])
 
-# %% ../nbs/69_sections.ipynb #de1b1396
+# %% ../nbs/69_sections.ipynb #5b089595
 def ground_truth(f) -> str:
     "Weights zeroed for real, alone and in groups, against every score's prediction; empty when it was not run."
     if not f.judged: return ""
@@ -210,7 +212,7 @@ def ground_truth(f) -> str:
         markdown_table(head, rows), "![Rank correlation and sign accuracy of each score](truth.png)",
         *(["![Measured against predicted changes](calibration.png)"] if f.calibration else [])])
 
-# %% ../nbs/69_sections.ipynb #c5cb2de2
+# %% ../nbs/69_sections.ipynb #00c8b1ca
 def landscape(f) -> str:
     "The loss surface; empty when it was not computed."
     if not f.surface: return ""
@@ -221,7 +223,8 @@ def landscape(f) -> str:
                  "lie in the plane.")
     return "\n\n".join([
         "## The loss around the fine-tuned model", "The validation loss on a plane through the weights of the "
-        "fine-tuned model; directions are normalised by filter (Li et al. 2018). Each variant stands at the foot of its "
+        "fine-tuned model: the first two principal directions of the variants' displacements, normalised by filter (Li "
+        "et al. 2018). Each variant stands at the foot of its "
         f"perpendicular, so its own loss can differ from the plane's.{facts}",
         "![Loss surface with every variant](surface.png)"])
 
@@ -235,5 +238,5 @@ def cost(f) -> str:
         against.append(f"learning the MFT mask {number(table.loc[label('mft')].seconds / tuned.seconds)} times")
     return "\n\n".join([
         "## What it costs", f"Compared with full fine-tuning, {' and '.join(against)}. Times are those of whole "
-        "stages, with loading and validation; the memory is the largest of the process; the tokens behind the scores are "
-        "estimated from the mean length of the chats.", "![Time, tokens and memory](cost.png)"])
+        "stages, with loading and validation; the memory is the largest of the process; the tokens behind the scores "
+        "are estimated from the mean length of the chats.", "![Time, tokens and memory](cost.png)"])

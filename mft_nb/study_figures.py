@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'KEY', 'over_seeds', 'sweep_lines', 'logarithmic', 'band_map', 'truth_plot', 'calibration_plot',
            'spread_labels', 'surface_plot', 'contour_levels', 'name_points', 'cost_bars']
 
-# %% ../nbs/66_study_figures.ipynb #59adce41
+# %% ../nbs/66_study_figures.ipynb #1c18204b
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .figures import heights, family_titles, styled, symlog_ticks
 from .names import FAMILIES, colour, family, in_order, marker, short
 
-# %% ../nbs/66_study_figures.ipynb #453d0588
+# %% ../nbs/66_study_figures.ipynb #ffb422d3
 def over_seeds(tables: dict[int, pd.DataFrame], by: list[str]) -> pd.DataFrame:
     "Mean change over seeds with `low` and `high`: 95% interval over examples for one seed, range of several seeds."
     every = pd.concat(tables.values())
@@ -67,17 +67,19 @@ def logarithmic(axes, table: pd.DataFrame) -> None:
     for ax in axes:
         ax.set_yscale("symlog", linthresh=unit)
         ax.set_yticks(symlog_ticks(unit * 2, table.low.min(), table.high.max(), 4))
+        ax.set_ylim(min(1.6 * table.low.min(), -unit), max(1.6 * table.high.max(), unit))
         ax.minorticks_off()
 
-# %% ../nbs/66_study_figures.ipynb #1e2dd73d
+# %% ../nbs/66_study_figures.ipynb #d2275325
 @styled
 def band_map(
     tables: dict[int, pd.DataFrame],  # seed -> bands.csv: band, first, method, change, se, n
     study: str,
+    own: pd.DataFrame | None = None,  # the same columns for the study's own band, measured on other examples
 ) -> Figure:
     "Change of the validation loss for each method and band."
     table = pd.concat(tables.values())
-    if "first" not in table: table["first"] = [int(str(b).split("-")[0]) for b in table.band]
+    if own is not None: table = pd.concat([table, own[own.method.isin(table.method) & ~own.band.isin(table.band)]])
     wide = table.groupby(["method", "band"]).change.mean().unstack()
     bands = table.drop_duplicates("band").sort_values(["first", "band"]).band.tolist()
     wide = wide.loc[in_order(list(dict.fromkeys(table.method))), bands]
@@ -91,11 +93,11 @@ def band_map(
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
     ax.set_title(f"{study}: change of the validation loss by band, nats per token\n"
-                 f"orange is worse, purple better ({int(table.n.max())} validation examples"
+                 f"orange is worse, purple better ({int(table.n.min())} validation examples"
                  + f", mean of {len(tables)} seeds" * (len(tables) > 1) + ")", loc="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #9e48bd6f
+# %% ../nbs/66_study_figures.ipynb #a545588f
 PUBLISHED = dict(spearman=-.056, sign_accuracy=.515)  # of SCI on single weights, by its own replication
 
 @styled
@@ -118,8 +120,9 @@ def truth_plot(
             ax.plot(r[value], y, "o", ms=4, color=colour(r["method"]), mfc="white" if unseen else colour(r["method"]))
         ax.axvline(0 if value == "spearman" else .5, color="0.5", lw=.8, zorder=0)
         if kind == "single" and "sci" in place:
-            ax.plot(PUBLISHED[value], place["sci"], "x", color="0.2", ms=6, label="published, SCI")
-            ax.legend(loc="lower right", fontsize=7, handletextpad=.2)
+            ax.plot(PUBLISHED[value], place["sci"], "x", color="0.2", ms=5)
+            ax.annotate("published", (PUBLISHED[value], place["sci"]), (0, 4), textcoords="offset points", fontsize=6,
+                        ha="center")
         n = int(every[every.kind == kind].n.max())
         what = "single weights" if kind == "single" else "groups"
         ax.set(title=f"{what} (n = {n})", ylim=(min(place.values()) - .7, .1),
@@ -132,7 +135,7 @@ def truth_plot(
                     "full: on the gradient's own examples, open: on validation examples", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #dea073ee
+# %% ../nbs/66_study_figures.ipynb #1719f106
 @styled
 def calibration_plot(
     tables: dict[int, pd.DataFrame],  # seed -> calibration.csv of `truth`
@@ -158,7 +161,7 @@ def calibration_plot(
     figure.suptitle(f"{study}: on the dashed line a score says how much will happen", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #3c4c97e6
+# %% ../nbs/66_study_figures.ipynb #46089b98
 KEY = ("mft", "sci", "taylor", "random", "magnitude")  # named in a crowd, beside the recipes
 
 def spread_labels(points: np.ndarray, texts: list[str], box: tuple[float, float], rounds: int = 400) -> np.ndarray:
@@ -193,8 +196,9 @@ def surface_plot(
     width = np.ptp(grid.columns)
     close = len(places) > 4 and 0 < reach < width / 6
     count = 1 + close
-    figure, axes = plt.subplots(1, count, figsize=(1.6 + 5 * count, 5.2), squeeze=False)
     names = in_order(list(places.variant))
+    size = 1.6 + 5 * count + 2.6 * (len(names) > 14), 5.6
+    figure, axes = plt.subplots(1, count, figsize=size, squeeze=False)
     where = places.set_index("variant").loc[names]
     for ax, zoom in zip(axes[0], (None, reach), strict=False):
         window = where if zoom is None else where[(np.abs(where[["x", "y"]] - centre) <= zoom).all(axis=1)]
@@ -214,7 +218,7 @@ def surface_plot(
         figure.colorbar(drawn, ax=ax, label="validation loss, nats per token", format="%.3g", shrink=.8)
     if len(names) > 14:
         lines = {line.get_label(): line for ax in axes[0] for line in ax.lines}
-        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=7, markerscale=.8)
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=6.5, markerscale=.7)
     figure.suptitle(f"{study}, seed {seed}: the loss around the fine-tuned model", x=.01, ha="left")
     return figure
 
@@ -238,14 +242,14 @@ def name_points(figure, ax, where: pd.DataFrame) -> None:
     box = ax.get_window_extent().transformed(scale.inverted())
     for v, p, q in zip(where.index, points, at, strict=True):
         width = .055 * len(short(v))
-        if q[0] + width / 2 > box.x1: q[0] = p[0] - width / 2 - .08  # to the left of its point instead
+        if q[0] + width / 2 > box.x1: q[:] = p - (width / 2 + .08, -.16)  # to the left of its point instead
         q[1] = np.clip(q[1], box.y0 + .08, box.y1 - .08)
         to = ax.transData.inverted().transform(scale.transform(q))
         ax.annotate(short(v), where.loc[v, ["x", "y"]].astype(float), xytext=to, fontsize=7, ha="center", va="center",
                     zorder=5, arrowprops=dict(arrowstyle="-", lw=.5, color="0.2", shrinkA=0, shrinkB=3),
                     bbox=dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=.75))
 
-# %% ../nbs/66_study_figures.ipynb #4085dff8
+# %% ../nbs/66_study_figures.ipynb #cc034573
 @styled
 def cost_bars(
     costs: pd.DataFrame,  # variant, name, seconds, tokens, memory (GB): means over seeds
