@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mft_nb.report': { 'mft_nb.report.beside_published': ('report.html#beside_published', 'mft_nb/report.py'),
                                'mft_nb.report.budget_table': ('report.html#budget_table', 'mft_nb/report.py'),
                                'mft_nb.report.change_cell': ('report.html#change_cell', 'mft_nb/report.py'),
+                               'mft_nb.report.cut_off': ('report.html#cut_off', 'mft_nb/report.py'),
                                'mft_nb.report.draw': ('report.html#draw', 'mft_nb/report.py'),
                                'mft_nb.report.draw_masks': ('report.html#draw_masks', 'mft_nb/report.py'),
                                'mft_nb.report.duration': ('report.html#duration', 'mft_nb/report.py'),

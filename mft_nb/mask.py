@@ -7,7 +7,7 @@ __all__ = ['DESCENDING', 'CHUNK', 'MODES', 'NEEDS_BASE', 'kth_highest', 'no_nan'
            'save_mask', 'read_provenance', 'load_mask', 'load_official', 'save_official', 'masked_weights',
            'check_mode', 'mode_of', 'apply_mask', 'masked', 'jaccard']
 
-# %% ../nbs/03_mask.ipynb #0943e6a0
+# %% ../nbs/03_mask.ipynb #39cb6d14
 import contextlib
 import json
 from collections.abc import Collection, Iterator
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #f71f0bf0
+# %% ../nbs/03_mask.ipynb #d0377c73
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -35,19 +35,17 @@ def kth_highest(
     infinite = int(first_bits(torch.tensor([float("inf")], dtype=flat.dtype))[0])
     if counts[infinite:0x8000].any() or counts[0x8000 + infinite:].any(): no_nan(flat)
     reached = counts[DESCENDING].cumsum()
-    first = last = int(np.searchsorted(reached, k))
-    if first in (0x7fff, 0x8000): first, last = 0x7fff, 0x8000  # plus and minus zero are equal: two classes as one
-    a, b = DESCENDING[[first, last]]
-    of_class = lambda h: np.flatnonzero(h == a if a == b else (h == a) | (h == b))
-    inside = torch.cat([flat[s:s + CHUNK][torch.from_numpy(of_class(heads[s:s + CHUNK]))] for s in starts])
+    place = int(np.searchsorted(reached, k))
+    of_class = lambda h: torch.from_numpy(np.flatnonzero(h == DESCENDING[place]))
+    inside = torch.cat([flat[s:s + CHUNK][of_class(heads[s:s + CHUNK])] for s in starts])
     if inside.min() == inside.max(): return inside[0]  # half precision, or very many ties
-    return inside.kthvalue(int(reached[last]) - k + 1).values
+    return inside.kthvalue(int(reached[place]) - k + 1).values
 
 def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #63a33961
+# %% ../nbs/03_mask.ipynb #7b39afa3
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -100,7 +98,7 @@ def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
         out |= ties & (ties.cumsum(1, dtype=torch.int32) <= open_places)
     return chosen
 
-# %% ../nbs/03_mask.ipynb #a7f58cfb
+# %% ../nbs/03_mask.ipynb #ea880e77
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -151,12 +149,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #e23b8dce
+# %% ../nbs/03_mask.ipynb #96e9fbc0
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #dbcf9101
+# %% ../nbs/03_mask.ipynb #eb5898c3
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -185,7 +183,7 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #87a9c14f
+# %% ../nbs/03_mask.ipynb #f850f62d
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
     with open(path, "rb") as file:
@@ -206,7 +204,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #bc420340
+# %% ../nbs/03_mask.ipynb #5865fae3
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -239,7 +237,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #011c1e12
+# %% ../nbs/03_mask.ipynb #9fdd8374
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -275,7 +273,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #a3fa2521
+# %% ../nbs/03_mask.ipynb #0f6b952e
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -305,7 +303,7 @@ def masked(
         with torch.no_grad():
             for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
 
-# %% ../nbs/03_mask.ipynb #1e561c1d
+# %% ../nbs/03_mask.ipynb #0e383da8
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()
