@@ -6,7 +6,7 @@
 __all__ = ['LEARNERS', 'LearnerName', 'Learners', 'SPREAD', 'LEFT', 'RIGHT', 'HEAT', 'StraightThrough', 'Gate', 'Learner',
            'initial_scores', 'half_normal', 'Masking', 'zeroed_by', 'hard_concrete', 'MatrixAdam']
 
-# %% ../nbs/29_gates.ipynb #0eff9589
+# %% ../nbs/29_gates.ipynb #7c9aa604
 import hashlib
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from .mask import budget, top_k
 from .study import no_repeats
 
-# %% ../nbs/29_gates.ipynb #1d8c062e
+# %% ../nbs/29_gates.ipynb #7d214127
 class StraightThrough(torch.autograd.Function):
     "The masked weight forward; backward the gradient of the scores, and of the weight where it is trained too."
     @staticmethod
@@ -61,7 +61,7 @@ class Gate(nn.Module):
         "Gradient of the scores from W * dL/d(WM), which it may overwrite."
         return self.masking.of.slope(self, scores, gradient)
 
-# %% ../nbs/29_gates.ipynb #6bac9202
+# %% ../nbs/29_gates.ipynb #5be7ece2
 @dataclass(frozen=True)
 class Learner:
     "How a mask is learned. Adding one is adding an entry."
@@ -97,7 +97,7 @@ LEARNERS = {
 LearnerName = Literal[tuple(LEARNERS)]
 Learners = Annotated[list[LearnerName], AfterValidator(no_repeats)]
 
-# %% ../nbs/29_gates.ipynb #56bdec1c
+# %% ../nbs/29_gates.ipynb #9b063f3c
 SPREAD = .02  # of the published start
 
 def initial_scores(
@@ -125,7 +125,7 @@ def half_normal(harm: torch.Tensor) -> torch.Tensor:
     values = SPREAD * math.sqrt(2) * torch.erfinv((torch.arange(n, dtype=torch.float64) + .5) / n)
     return torch.empty(n).index_copy_(0, order, values.float()).view(harm.shape)
 
-# %% ../nbs/29_gates.ipynb #47256e6a
+# %% ../nbs/29_gates.ipynb #c2151bce
 LEFT, RIGHT, HEAT = -.1, 1.1, 2 / 3  # stretch and temperature of hard concrete gates
 
 class Masking:
@@ -200,7 +200,7 @@ class Masking:
         generator = torch.Generator(gate.scores.device).manual_seed(int.from_bytes(digest[:7]))
         return torch.rand(gate.scores.shape, generator=generator, device=gate.scores.device)
 
-# %% ../nbs/29_gates.ipynb #c1163e23
+# %% ../nbs/29_gates.ipynb #746a7652
 def zeroed_by(
     learner: Learner,
     scores: dict[str, torch.Tensor],  # of all matrices between which the learner chooses
@@ -223,7 +223,7 @@ def hard_concrete(scores: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, 
     inside = (stretched > 0) & (stretched < 1)
     return stretched.clamp(0, 1), inside * x * (1 - x) * (RIGHT - LEFT) / HEAT
 
-# %% ../nbs/29_gates.ipynb #dc17206d
+# %% ../nbs/29_gates.ipynb #ccd96d12
 class MatrixAdam(torch.optim.Optimizer):
     "Adam with one second moment per matrix."
     def __init__(self, params, lr: float, betas: tuple[float, float] = (.9, .999), eps: float = 1e-12):

@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'reach', 'could_flip', 'packed', 'ones', 'MaskPath', 'check', 'learn_mask', 'train_scores', 'gradient_of',
            'optimizer_of', 'extra_bytes', 'save_results']
 
-# %% ../nbs/31_learn_mask.ipynb #90bd8c33
+# %% ../nbs/31_learn_mask.ipynb #0d9a1487
 import math
 import os
 import time
@@ -34,7 +34,7 @@ from .study import (Count, NonNegative, Positive, Seed, Share, StudyName, checke
                           read_jsonl, seed_everything, write_jsonl)
 from .train import MasterAdamW, last_checkpoint, make_trainer, training_order
 
-# %% ../nbs/31_learn_mask.ipynb #385995cc
+# %% ../nbs/31_learn_mask.ipynb #1f374e82
 def reach(learning_rate: float, warmup: float, steps: int) -> float:
     "How far a score can move: the sum of the learning rates of a linear schedule with warm-up."
     rising = math.ceil(warmup * steps) if warmup < 1 else int(warmup)  # as transformers reads `warmup_steps`
@@ -59,7 +59,7 @@ def could_flip(
         n += sum(int(((strength[k] - middle).abs() <= distance).sum()) for k in names)
     return n / sum(s.numel() for s in scores.values())
 
-# %% ../nbs/31_learn_mask.ipynb #c429eaf6
+# %% ../nbs/31_learn_mask.ipynb #ea6b89d7
 LOOKS = "step", "tokens", "masked", "overlap", "jaccard", "flipped", "ever"  # columns of path.csv
 
 def packed(zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -105,7 +105,7 @@ class MaskPath(TrainerCallback):
         os.replace(path, path.with_suffix(".safetensors"))
         for old in sorted(self.folder.glob("ever-*"), key=lambda p: p.stat().st_mtime_ns)[:-2]: old.unlink()
 
-# %% ../nbs/31_learn_mask.ipynb #b59baf6d
+# %% ../nbs/31_learn_mask.ipynb #4fae1be9
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist or the band lies outside it."
     check_model(params)
@@ -142,7 +142,7 @@ def learn_mask(
                      mode="zero", asked=sum(budget(w.numel(), keep) for w in weights.values()))
         return stage.finish(facts | save_results(masking, stage.work, about) | dict(layers=n_layers), drop="training")
 
-# %% ../nbs/31_learn_mask.ipynb #a112dd9d
+# %% ../nbs/31_learn_mask.ipynb #a901a23a
 def train_scores(masking: Masking, examples: list, validation: list, pad_id: int, folder: Path, p) -> dict:
     "Train the scores (and weights) with the loss, data and order of fine-tuning; writes log.jsonl and path.csv."
     path = MaskPath(masking, folder / "training")
