@@ -106,7 +106,10 @@ def test_nan_is_refused_wherever_it_stands(dtype, n):
     for position in (0, n // 2, n - 1):
         for sign in (1, -1):
             scores = torch.ones(n, dtype=dtype)
-            scores[position] = sign * float("nan")
+            scores[position] = float("nan")
+            bits = scores.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()])
+            if sign < 0: bits[position] |= torch.iinfo(bits.dtype).min  # arithmetic would lose the sign of a NaN
+            assert (bits[position] < 0) == (sign < 0)
             for k in (1, n // 2):
                 with pytest.raises(ValueError, match="scores contain NaN"): top_k(scores, k)
     with pytest.raises(ValueError, match="NaN"): top_k(scores[None], 3, per_row=True)
