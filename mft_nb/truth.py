@@ -7,7 +7,7 @@ __all__ = ['DRAWN', 'SIZES', 'IN_NATS', 'TINY', 'Sample', 'draw_one', 'draw_grou
            'scaled', 'fine_losses', 'measured', 'correlations', 'slopes', 'interval', 'judge', 'judge_all',
            'calibration', 'check', 'truth', 'write_tables']
 
-# %% ../nbs/36_truth.ipynb #8fdfe9de
+# %% ../nbs/36_truth.ipynb #13b56cd3
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, open
                           seed_everything)
 from .sweep import band_losses, row_by_row
 
-# %% ../nbs/36_truth.ipynb #4995b6f6
+# %% ../nbs/36_truth.ipynb #4ea6e3ac
 @dataclass
 class Sample:
     "Weights of one matrix that are zeroed together."
@@ -81,7 +81,7 @@ def draw_samples(
         found.append(Sample("group", subset, name, draw_group(subset, weights[name].shape, name in transposed, rng)))
     return found
 
-# %% ../nbs/36_truth.ipynb #3be878fc
+# %% ../nbs/36_truth.ipynb #c95388cf
 IN_NATS = ("taylor", "second-order", "obd")  # scores whose size is a change of loss
 
 def judged(found: dict[str, torch.Tensor]) -> list[str]:
@@ -97,7 +97,7 @@ def predictions(samples: list[Sample], evidence: dict, methods: list[str], seed:
         table[method] = [-scores[s.matrix][s.index].double().sum().item() for s in samples]
     return pd.DataFrame(table)
 
-# %% ../nbs/36_truth.ipynb #c8b4c206
+# %% ../nbs/36_truth.ipynb #e10316ba
 @contextlib.contextmanager
 def scaled(weight: torch.Tensor, index: torch.Tensor, factor: float = 0.):
     "Some entries of a weight multiplied by a factor inside the block, restored to the bit after it."
@@ -113,7 +113,7 @@ def fine_losses(model, batch: dict[str, torch.Tensor], plain_head: bool) -> torc
     total = torch.zeros(len(batch["labels"]), dtype=torch.float64).index_add(0, rows, losses.double())
     return total / torch.bincount(rows, minlength=len(total))
 
-TINY = 1e-4  # shrinking by this changes the loss by nothing that could be seen
+TINY = 1e-5  # shrinking by this changes the loss by nothing that could be seen
 
 def measured(weights, samples: list[Sample], losses, parts: dict[str, slice], folder: Path) -> tuple:
     "Tables of the measured changes of the samples and of the noise, each resumable; `parts`: names of example ranges."
@@ -133,7 +133,7 @@ def measured(weights, samples: list[Sample], losses, parts: dict[str, slice], fo
                        "sample")
     return table, noise
 
-# %% ../nbs/36_truth.ipynb #67808097
+# %% ../nbs/36_truth.ipynb #194db138
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Spearman's rho along the last axis; NaN where one side does not vary."
     a, b = (r - r.mean(-1, keepdims=True) for r in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
@@ -173,7 +173,7 @@ def judge(
     slope = slopes(predicted, found).item() if in_nats else np.nan
     return row | dict(slope=slope, slope_low=ends[0], slope_high=ends[1])
 
-# %% ../nbs/36_truth.ipynb #2f1b339a
+# %% ../nbs/36_truth.ipynb #2ad828dd
 def judge_all(table: pd.DataFrame, methods: list[str], floors: dict[str, float]) -> pd.DataFrame:
     """One row per method, kind (single, group), subset (all, or how it was drawn) and the examples it was measured on.
     `table`: kind, subset, one measured column per key of `floors`, one column `predicted <method>` each."""
@@ -201,7 +201,7 @@ def calibration(table: pd.DataFrame, methods: list[str], parts: list[str], bins:
                      for on in parts for i, c in enumerate(chunks)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/36_truth.ipynb #b7135aff
+# %% ../nbs/36_truth.ipynb #de626534
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or nothing can be averaged."
     check_model(params)
@@ -245,7 +245,7 @@ def truth(
 
 def write_tables(table: pd.DataFrame, noise: pd.DataFrame, methods: list[str], parts: list[str], folder: Path) -> dict:
     "Write samples.csv, scores.csv and calibration.csv; returns the noise floor and the shares of samples above it."
-    floors = {on: 2 * float(np.sqrt((noise[on] ** 2).mean())) for on in parts}
+    floors = {on: 2 * 1.4826 * float(noise[on].abs().median()) for on in parts}  # 1.4826: as for a normal distribution
     for on, floor in floors.items(): table[f"{on}_clear"] = table[on].abs() > floor
     table.to_csv(folder / "samples.csv", index=False)
     judge_all(table, methods, floors).to_csv(folder / "scores.csv", index=False)
