@@ -6,17 +6,17 @@
 __all__ = ['FAMILIES', 'NAMES', 'MODES', 'SHADES', 'MARKERS', 'MODE_MARKERS', 'Family', 'stem', 'family', 'in_order', 'short',
            'label', 'colour', 'marker']
 
-# %% ../nbs/62_names.ipynb #bdee4dc4
+# %% ../nbs/62_names.ipynb #1ec794cb
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
 from .finetune import RECIPES
-from .learn_mask import LEARNERS
+from .gates import LEARNERS
 from .scores import METHODS
 
-# %% ../nbs/62_names.ipynb #7f7e0c72
+# %% ../nbs/62_names.ipynb #1ea6f42b
 @dataclass(frozen=True)
 class Family:
     "A kind of variant."
@@ -50,16 +50,16 @@ def in_order(variants: list[str]) -> list[str]:
     "Variants by family, otherwise in the order given."
     return sorted(variants, key=lambda v: list(FAMILIES).index(family(v)))
 
-# %% ../nbs/62_names.ipynb #2d37d2fc
+# %% ../nbs/62_names.ipynb #e09b93aa
 NAMES = {
     "base": "base model", "fft": "fine-tuned (FFT)", "continued": "continued FFT", "average": "average of checkpoints",
     "lora": "LoRA", "decay": "FFT with weight decay", "wise": "WiSE-FT", "dropout": "FFT with dropout",
     "sci": "SCI", "taylor": "signed Taylor", "second-order": "signed second order", "toward-zero": "toward zero",
     "magnitude-rows": "magnitude by row", "snip": "SNIP", "obd": "OBD", "wanda": "Wanda", "sparsegpt": "SparseGPT",
     "sparsegpt-update": "SparseGPT with update", "ties": "TIES", "dare": "DARE", "mft": "MFT",
-    "mft-initial": "MFT, initial mask", "mft-ones": "MFT, equal start", "mft-score": "MFT from signed Taylor",
-    "mft-band": "MFT, whole band", "mft-signed": "MFT, signed scores", "mft-global": "MFT, all layers",
-    "mft-l1": "MFT with L1", "movement": "movement pruning", "l0": "L0 gates",
+    "mft-initial": "MFT initial mask", "mft-ones": "MFT from equal scores", "mft-score": "MFT from signed Taylor",
+    "mft-band": "MFT on the whole band", "mft-signed": "MFT signed", "mft-global": "MFT on all layers",
+    "mft-l1": "MFT with L1", "mft-scaled": "MFT scaled", "movement": "movement pruning", "l0": "L0 gates",
 }
 MODES = {"reset": "reset to pretrained", "rescale": "survivors rescaled", "best": "at its best share",
          "dare": "changes dropped and rescaled", "zero": "zeroed"}
@@ -68,7 +68,7 @@ def short(variant: str) -> str:
     "A variant in a word or two, for axes."
     name, _, mode = variant.partition(".")
     words = NAMES.get(name, name)
-    return f"{words}, {mode}" if mode else words
+    return f"{words} ({mode})" if mode else words
 
 def label(variant: str) -> str:
     "A variant in words."
@@ -79,7 +79,7 @@ def label(variant: str) -> str:
     if name == "sparsegpt-update": return f"SparseGPT mask with update{after}"
     return f"{NAMES.get(name, name)} mask{after}"
 
-# %% ../nbs/62_names.ipynb #9a801b2e
+# %% ../nbs/62_names.ipynb #cd1538ed
 SHADES = (0., .45, -.4, .2, -.2)  # towards white, or black
 MARKERS = "osD^vPXhpd"
 MODE_MARKERS = dict(reset="<", rescale=">", best="*")

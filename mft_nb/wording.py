@@ -6,7 +6,7 @@
 __all__ = ['CHOSEN', 'verdict', 'number', 'measured', 'interval', 'clause', 'deed', 'listed', 'headline', 'rows_against',
            'answer', 'yes_or_no', 'beside_chance', 'tally', 'another_recipe', 'fine_tuning']
 
-# %% ../nbs/67_wording.ipynb #620bbe43
+# %% ../nbs/67_wording.ipynb #899fa6e5
 import math
 
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from .compare import ALPHA, INSTRUMENTS
 from .names import label, short, stem
 
-# %% ../nbs/67_wording.ipynb #7e933076
+# %% ../nbs/67_wording.ipynb #5a5118ff
 def verdict(
     row,  # a row of tests.csv
 ) -> str:
@@ -22,7 +22,7 @@ def verdict(
     if not row.p_holm < ALPHA or row.difference == 0: return "none"
     return "helped" if row.difference * INSTRUMENTS[row.instrument].better > 0 else "hurt"
 
-# %% ../nbs/67_wording.ipynb #66b99ce1
+# %% ../nbs/67_wording.ipynb #f84bb816
 def number(value: float, signed: bool = False) -> str:
     "Three digits at most, a true minus sign."
     if pd.isna(value): return "unknown"
@@ -46,13 +46,13 @@ def interval(instrument: str, low: float, high: float) -> str:
     if pd.isna(low): return "no interval: one item"
     return f"95% interval {measured(instrument, low, True, False)} to {measured(instrument, high, True, False)}"
 
-# %% ../nbs/67_wording.ipynb #fac737cc
+# %% ../nbs/67_wording.ipynb #e9890cb1
 def clause(row) -> str:
     "What happened to one instrument, with its uncertainty."
     kind, span = INSTRUMENTS[row.instrument], interval(row.instrument, row.low, row.high)
     if verdict(row) == "none":
         moved = f"{kind.name} moved by {measured(row.instrument, row.difference, True)} ({span})"
-        if pd.isna(row.detectable): return moved
+        if pd.isna(row.detectable): return f"{moved}, where no difference is reliably seen"
         least = measured(row.instrument, row.detectable, unit=False)
         return f"{moved}, where only differences of {least} or more are reliably seen"
     way, ends = ("rose", (row.low, row.high)) if row.difference > 0 else ("fell", (-row.high, -row.low))
@@ -60,7 +60,7 @@ def clause(row) -> str:
     size = measured(row.instrument, abs(row.difference))
     return f"{kind.name} {way} by {size} (95% interval {low} to {high})"
 
-# %% ../nbs/67_wording.ipynb #ea42682e
+# %% ../nbs/67_wording.ipynb #626027d4
 CHOSEN = {"sci": "that Sign-Corrected Influence (SCI) calls most harmful",
           "taylor": "that signed Taylor calls most harmful", "magnitude": "of smallest magnitude",
           "random": "drawn at random", "mft": "that Mask Fine-Tuning (MFT) learned to switch off",
@@ -112,7 +112,7 @@ def yes_or_no(tests: pd.DataFrame, variants: list[str]) -> str:
     if mixed: return "It depends on the measure"
     return "No" if any("hurt" in f for f in found) else "Nothing to be seen"
 
-# %% ../nbs/67_wording.ipynb #c0c28aa7
+# %% ../nbs/67_wording.ipynb #a87cc05b
 def beside_chance(tests: pd.DataFrame, method: str) -> str:
     "How a mask compares with the random mask of the same size; empty when there is none."
     rows = rows_against(tests, method, "random")
@@ -122,7 +122,7 @@ def beside_chance(tests: pd.DataFrame, method: str) -> str:
              f"{measured(r.instrument, r.difference, True)}, {interval(r.instrument, r.low, r.high)})" for r in rows]
     return f"Against a random mask of the same size, the {short(method)} mask is {listed(parts)}."
 
-# %% ../nbs/67_wording.ipynb #e6bb25e2
+# %% ../nbs/67_wording.ipynb #00209805
 def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     "How many masks help, hurt or show no detectable difference on each instrument."
     parts = []
@@ -139,7 +139,7 @@ def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     n = len(tests[(tests.against == against) & tests.variant.isin(masks)].variant.unique())
     return f"Of {n} mask{'s' * (n != 1)} against {than}, after Holm's correction: {'; '.join(parts)}."
 
-# %% ../nbs/67_wording.ipynb #562a1c8f
+# %% ../nbs/67_wording.ipynb #796c07e9
 def another_recipe(tests: pd.DataFrame, recipe: str) -> str:
     "What another way of fine-tuning does against plain full fine-tuning, in one sentence."
     rows, words = rows_against(tests, recipe), label(recipe)

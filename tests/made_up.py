@@ -20,7 +20,7 @@ EFFECTS = dict(base=.6, fft=0., continued=-.03, average=-.02, lora=.02, wise=.1,
 def large() -> dict:
     "The variants of a study with everything: every recipe, method, way to apply a mask, and learner that there is."
     from mft_nb.finetune import RECIPES
-    from mft_nb.learn_mask import LEARNERS
+    from mft_nb.gates import LEARNERS
     from mft_nb.scores import METHODS
     methods = [*METHODS, "sci.reset", "taylor.reset", "random.rescale", "random.reset", "sci.best", "taylor.best",
                "magnitude.best"]

@@ -1,5 +1,4 @@
 "Compare, figures and report on made-up studies: what no single notebook can show."
-import json
 import re
 import shutil
 
@@ -14,6 +13,8 @@ from statsmodels.stats.multitest import multipletests
 
 from mft_nb import report
 from mft_nb.compare import compare, crossed_mean, crossed_test, holm, mcnemar_p, mcnemar_power, outcomes, tango
+from mft_nb.mask import jaccard, load_mask, save_mask
+from mft_nb.mask_figures import overlaps
 from mft_nb.report import write_report
 from mft_nb.study import read_jsonl, write_jsonl
 from mft_nb.wording import answer
@@ -66,7 +67,8 @@ def test_one_run_agrees_with_other_implementations(runs):
 
 
 def test_holm_counts_within_each_family(runs):
-    tests = read(make(runs, recipes=["lora", "decay"]), "tests.csv").query("instrument == 'pass_at_1' and seed == 'all'")
+    tests = read(make(runs, recipes=["lora", "decay"]), "tests.csv")
+    tests = tests.query("instrument == 'pass_at_1' and seed == 'all'")
     tuned, masks = ["base", "lora", "decay"], [*made_up.METHODS, "mft"]
     for family in (tests.query("against == 'fft' and variant in @tuned"),
                    tests.query("against == 'fft' and variant in @masks"), tests.query("against == 'random'")):
@@ -167,54 +169,91 @@ def test_a_mask_that_changes_nothing_is_no_difference(runs):
 
 
 def test_one_problem_and_one_method_are_enough(runs):
-    make(runs, methods=["sci"], examples=2, problems=1)
-    text = (write_report("made-up", [0], ["sci"]) / "report.md").read_text()
-    assert "no interval" in text and "Against a random mask" not in text
+    make(runs, methods=["sci"], learners=[], examples=2, problems=1)
+    text = (write(methods=["sci"], learners=[]) / "report.md").read_text()
+    assert "no interval" in text and "Against a random mask" not in text and "(MFT) learned to" not in text
 
 
 @pytest.fixture
 def page(runs):
     make(runs, seeds=(0, 1))
-    return write_report("made-up", [0, 1], made_up.METHODS)
+    return write(seeds=(0, 1))
 
 
 def test_the_report_is_whole(page, runs):
     text, html = ((page / f"report.{kind}").read_text() for kind in ("md", "html"))
-    for section in ("Question", "Answer", "The words", "Results", "Is the score telling the truth?",
-                    "Where the masks fall", "Programs", "Beside what others published", "What was really used",
-                    "How it ran"):
-        assert section in text and section in html
+    for section in ("Answer", "Question", "The words", "Results", "Fine-tuning without a mask",
+                    "What the learned mask learned", "Is the score telling the truth?", "Where the masks fall",
+                    "What it costs", "Programs", "Beside what others published", "What was really used", "How it ran"):
+        assert section in text and section in html, section
     for said in ("Q4_1", "19-21", "20-23 of 32", "31.7", "15.5", "evalplus", "bfloat16 instructions", "0123456789ab",
-                 "2 fine-tuning runs", "limit as",
+                 "2 fine-tuning runs", "limit as", "Of 5 masks", "Mask Fine-Tuning (MFT) learned to switch off",
                  "Passed", "Failed", "Flipped"):
         assert said in text, said
+    for absent in ("## Budgets", "## Ground truth", "## The loss around"): assert absent not in text
     assert not re.search(r"\bnan\b", text) and "Tiny random model" not in text
+    assert text.index("**Answer.**") < text.index("**Question.**") < text.index("## The words")
 
 
 def test_the_html_stands_alone_and_model_text_cannot_break_out(page):
     html = (page / "report.html").read_text()
-    assert html.count("data:image/png;base64") == len(list(page.glob("*.png"))) == 8
+    assert html.count("data:image/png;base64") == len(list(page.glob("*.png"))) == 11
     assert "<script" not in html and "src=\"http" not in html and "&lt;script&gt;" in html
 
 
 def test_figures_are_committed_small_and_without_the_html(page, runs):
     target = runs.parent / "figures/made-up"
     names = {p.name for p in target.iterdir()}
-    assert {"report.md", "table.md", "table.csv", "tests.csv", "flips.csv", "forest.png", "forest.svg"} <= names
+    tables = {"table.csv", "tests.csv", "flips.csv", "masks.csv"}
+    assert {"report.md", "table.md", "forest.png", "forest.svg", "scan.png", *tables} <= names
     assert "report.html" not in names and sum(p.stat().st_size for p in target.iterdir()) < 3e6
-    assert "FFT + sci mask" in (target / "table.md").read_text()
+    assert "learned mask (MFT)" in (target / "table.md").read_text()
+    masks = pd.read_csv(target / "masks.csv")
+    assert list(masks.variant) == [*made_up.METHODS, "mft"] and masks.share.between(.049, .051).all()
+    change = values(runs, "sci", "loss", name="losses") - values(runs, "fft", "loss", name="losses")
+    gain = values(runs, "base", "loss", name="losses") - values(runs, "fft", "loss", name="losses")
+    first = masks.set_index("variant").loc["sci"]
+    assert first.validation_loss_of_fine_tuning == pytest.approx(change.mean() / gain.mean(), rel=.1)  # two seeds
 
 
 def test_a_second_report_is_the_same_to_the_byte(page, runs):
     before = {p.name: p.read_bytes() for p in page.iterdir() if p.name != "manifest.json"}
     shutil.rmtree(page)
-    again = write_report("made-up", [0, 1], made_up.METHODS)
+    again = write(seeds=(0, 1))
     assert {p.name: p.read_bytes() for p in again.iterdir() if p.name != "manifest.json"} == before
+
+
+def test_everything_at_once(runs):
+    "Every recipe, method, way to apply a mask and learner, with all the evidence."
+    everything = made_up.large()
+    make(runs, extra=True, **everything)
+    page = write(**everything)
+    text = (page / "report.md").read_text()
+    for section in ("## Budgets, bands and data", "## Ground truth", "## The loss around the fine-tuned model"):
+        assert section in text
+    n = len(everything["methods"]) + len(everything["learners"])
+    assert f"Of {n} masks" in text and "its *validation loss flatters it*" in text
+    assert "**scores of importance**" in text and "SCI mask, reset to pretrained" in text
+    assert "Against the initial mask it started from" in text
+    pictures = {p.stem for p in page.glob("*.png")}
+    assert {"keep_sweep", "band_sweep", "data_sweep", "truth", "calibration", "surface", "learned", "cost"} <= pictures
+    assert set(re.findall(r"\]\((\w+)\.png\)", text)) == pictures  # each picture is shown, each shown one exists
+    assert sum(p.stat().st_size for p in (runs.parent / "figures/made-up").iterdir()) < 8e6
+    assert not re.search(r"\bnan\b", text) and len(pd.read_csv(page / "masks.csv")) == n
+
+
+def test_a_report_without_answers_has_no_programs(runs):
+    make(runs, answers=False, recipes=["lora"])
+    page = write(recipes=["lora"])
+    text = (page / "report.md").read_text()
+    for absent in ("## Programs", "pass@1*", "won / lost", "flips.png", "Untrusted code"): assert absent not in text
+    assert "there is no pass@1" in text and "LoRA made" in text and not (page / "flips.png").exists()
+    assert not re.search(r"\bnan\b", text) and "Beside what others published" in text
 
 
 def test_the_smoke_model_is_called_no_result(runs):
     make(runs, model="tiny")
-    page = write_report("made-up", [0], made_up.METHODS)
+    page = write()
     for name in ("report.md", "report.html", "table.md"):
         assert "Tiny random model: no result" in (page / name).read_text()
 
@@ -222,14 +261,23 @@ def test_the_smoke_model_is_called_no_result(runs):
 def test_a_missing_stage_is_named(runs):
     make(runs)
     shutil.rmtree(runs / "made-up/influence/seed0")
-    with pytest.raises(FileNotFoundError, match="influence/seed0"): write_report("made-up", [0], made_up.METHODS)
+    with pytest.raises(FileNotFoundError, match="influence/seed0"): write()
 
 
 def test_fewer_positive_scores_than_asked_are_told(runs):
     make(runs)
-    path = runs / "made-up/influence/seed0/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["metrics"]["masked"]["sci"] = 7
-    path.write_text(json.dumps(manifest))
-    text = (write_report("made-up", [0], made_up.METHODS) / "report.md").read_text()
-    assert "sci zeroes only 7, because fewer scores are positive" in text
+    path = runs / "made-up/influence/seed0/masks/sci.safetensors"
+    mask = load_mask(path)
+    first = next(iter(mask.masked))
+    for name, m in mask.masked.items(): m &= name == first
+    save_mask(mask, path)
+    text = (write() / "report.md").read_text()
+    assert f"SCI zeroes only {mask.count():,}, because fewer scores are positive" in text
+
+
+def test_overlaps_agree_with_whole_masks(runs):
+    folder = made_up.make_study(runs) / "influence/seed0/masks"
+    files = {m: folder / f"{m}.safetensors" for m in made_up.METHODS}
+    whole = {m: load_mask(path) for m, path in files.items()}
+    for r in overlaps(files).itertuples():
+        assert r.jaccard == pytest.approx(jaccard(whole[r.a], whole[r.b]))
