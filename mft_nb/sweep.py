@@ -7,7 +7,7 @@ __all__ = ['SWEPT', 'SweepMethods', 'Bands', 'Fractions', 'band_losses', 'paired
            'nested', 'of_matrices', 'needs_of', 'from_data', 'check', 'Bench', 'Masks', 'sweep_keeps', 'sweep_layers',
            'sweep_data', 'sweep', 'statistics_of']
 
-# %% ../nbs/35_sweep.ipynb #ac526097
+# %% ../nbs/35_sweep.ipynb #f0cd9314
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -34,13 +34,13 @@ from .scores import METHODS, collect, evidence_of, mask_of
 from .study import (Count, CountOrZero, Seed, Share, StudyName, checked, finished, no_repeats, open_stage,
                           progress, read_jsonl, seed_everything, write_json)
 
-# %% ../nbs/35_sweep.ipynb #50765ce2
+# %% ../nbs/35_sweep.ipynb #787729bc
 SWEPT = tuple(n for n, m in METHODS.items() if not m.solve)  # methods that are a mask and nothing else
 SweepMethods = Annotated[list[Literal[SWEPT]], Field(min_length=1), AfterValidator(no_repeats)]
 Bands = Annotated[list[Band], AfterValidator(no_repeats)]
 Fractions = Annotated[list[Share], AfterValidator(no_repeats)]
 
-# %% ../nbs/35_sweep.ipynb #6f896f36
+# %% ../nbs/35_sweep.ipynb #c3f491c8
 @contextlib.contextmanager
 def band_losses(
     model: nn.Module,
@@ -60,7 +60,7 @@ def band_losses(
         def losses():
             found = np.empty(len(examples))
             for i, (chosen, batch) in enumerate(batches):
-                with at(i), inference(model): found[chosen] = loss(model, batch, plain).double().cpu().numpy()
+                with at(i), inference(model): found[chosen] = loss(model, batch, plain).cpu().double().numpy()
             return found
         yield losses
 
@@ -73,7 +73,7 @@ def change_by(mask: Mask, model: nn.Module, losses: Callable[[], np.ndarray], be
     if not mask.count(): return dict(masked=0, **paired(np.zeros_like(before)))
     with masked(model, mask, base=base): return dict(masked=mask.count(), **paired(losses() - before))
 
-# %% ../nbs/35_sweep.ipynb #97eba701
+# %% ../nbs/35_sweep.ipynb #6fe22861
 def row_by_row(
     path: Path,  # CSV that grows
     cases: list[dict],  # what to measure; becomes the first columns
@@ -91,7 +91,7 @@ def row_by_row(
             bar.update(1)
     return pd.DataFrame(rows)
 
-# %% ../nbs/35_sweep.ipynb #21f2f902
+# %% ../nbs/35_sweep.ipynb #04e1b0fc
 def best_shares(
     keeps: pd.DataFrame,  # columns method, share, masked, change, se
 ) -> dict[str, dict]:
@@ -105,7 +105,7 @@ def best_shares(
                             helps=bool(high < 0), points=len(rows))
     return best
 
-# %% ../nbs/35_sweep.ipynb #eacc2e22
+# %% ../nbs/35_sweep.ipynb #ced69c11
 def nested(
     examples: list,
     fraction: float,
@@ -128,7 +128,7 @@ def from_data(method: str) -> bool:
     "Whether a score looks at any example."
     return bool(set(METHODS[method].needs) - {"base"})
 
-# %% ../nbs/35_sweep.ipynb #efc32e7d
+# %% ../nbs/35_sweep.ipynb #0798955c
 def check(params: dict) -> None:
     "Raises ValueError when a band lies outside the model or the budgets are in the wrong order."
     check_model(params)
@@ -186,7 +186,7 @@ class Masks:
             before = losses()
             yield lambda method, share, **_: change_by(self.make(method, share), b.net, losses, before, self.base)
 
-# %% ../nbs/35_sweep.ipynb #10e6b038
+# %% ../nbs/35_sweep.ipynb #aff23486
 def sweep_keeps(masks: Masks, methods: list[str], shares: list[float], folder: Path) -> dict[str, dict]:
     "Write keeps.csv, best.json and masks/<method>.safetensors; returns what best.json holds."
     cases = [dict(method=m, share=s) for m in methods for s in shares]
@@ -201,7 +201,7 @@ def sweep_keeps(masks: Masks, methods: list[str], shares: list[float], folder: P
     write_json(folder / "best.json", best)
     return best
 
-# %% ../nbs/35_sweep.ipynb #09e8ff54
+# %% ../nbs/35_sweep.ipynb #932daa84
 def sweep_layers(bench: Bench, bands: list[str], methods: list[str], share: float, folder: Path) -> None:
     "Write bands.csv: the study's budget in other bands, all from one pass over the union of their layers."
     ranges, needs, cases = {b: resolve_band(b, bench.layers) for b in bands}, needs_of(methods), []
@@ -226,7 +226,7 @@ def sweep_data(bench: Bench, layers: range, found: dict, fractions: list[float],
         with bench.masks(layers, some, needs).change() as change:
             row_by_row(folder / "fractions.csv", cases, change, f"{fraction:.1%} of the data")
 
-# %% ../nbs/35_sweep.ipynb #f6fc713e
+# %% ../nbs/35_sweep.ipynb #fe325c1e
 @checked
 def sweep(
     study: StudyName, model: ModelName, band: Band, seed: Seed, keep: Share, max_tokens: Count,

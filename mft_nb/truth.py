@@ -7,7 +7,7 @@ __all__ = ['DRAWN', 'SIZES', 'IN_NATS', 'TINY', 'Sample', 'draw_one', 'draw_grou
            'scaled', 'fine_losses', 'measured', 'correlations', 'slopes', 'interval', 'judge', 'judge_all',
            'calibration', 'check', 'truth', 'write_tables']
 
-# %% ../nbs/36_truth.ipynb #13b56cd3
+# %% ../nbs/36_truth.ipynb #ebfac367
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, open
                           seed_everything)
 from .sweep import band_losses, row_by_row
 
-# %% ../nbs/36_truth.ipynb #4ea6e3ac
+# %% ../nbs/36_truth.ipynb #69f74eaa
 @dataclass
 class Sample:
     "Weights of one matrix that are zeroed together."
@@ -46,7 +46,7 @@ def draw_one(values: torch.Tensor | None, numel: int, rng: np.random.Generator) 
     "Position of a uniformly drawn weight, or of one whose rank by |value| is log-uniform."
     if values is None: return int(rng.integers(numel))
     rank = min(int(numel ** rng.random()), numel)  # 1 is the largest
-    return int(values.flatten().float().abs().kthvalue(numel - rank + 1).indices)
+    return int(values.flatten().abs().kthvalue(numel - rank + 1).indices)
 
 def draw_group(subset: str, shape: torch.Size, transposed: bool, rng: np.random.Generator) -> torch.Tensor:
     "Positions of a random group, or of a random output row."
@@ -71,8 +71,8 @@ def draw_samples(
     singles = min(singles, sum(w.numel() for w in weights.values()) // 10)
     for i, way in enumerate(rng.permuted(np.resize(ways, singles)).tolist()):
         name = order[i % len(order)]
-        w = weights[name].detach()
-        values = dict(uniform=None, magnitude=w, gradient=w * gradient[name].to(w.device) if gradient else None)[way]
+        w = weights[name].detach().cpu().float()  # on the CPU, where ties are always broken alike
+        values = dict(uniform=None, magnitude=w, gradient=w * gradient[name].cpu() if gradient else None)[way]
         while (at := (name, draw_one(values, w.numel(), rng))) in seen: pass
         seen.add(at)
         found.append(Sample("single", way, name, torch.tensor([at[1]])))
@@ -81,7 +81,7 @@ def draw_samples(
         found.append(Sample("group", subset, name, draw_group(subset, weights[name].shape, name in transposed, rng)))
     return found
 
-# %% ../nbs/36_truth.ipynb #c95388cf
+# %% ../nbs/36_truth.ipynb #51bb335b
 IN_NATS = ("taylor", "second-order", "obd")  # scores whose size is a change of loss
 
 def judged(found: dict[str, torch.Tensor]) -> list[str]:
@@ -97,7 +97,7 @@ def predictions(samples: list[Sample], evidence: dict, methods: list[str], seed:
         table[method] = [-scores[s.matrix][s.index].double().sum().item() for s in samples]
     return pd.DataFrame(table)
 
-# %% ../nbs/36_truth.ipynb #e10316ba
+# %% ../nbs/36_truth.ipynb #1426554f
 @contextlib.contextmanager
 def scaled(weight: torch.Tensor, index: torch.Tensor, factor: float = 0.):
     "Some entries of a weight multiplied by a factor inside the block, restored to the bit after it."
@@ -133,7 +133,7 @@ def measured(weights, samples: list[Sample], losses, parts: dict[str, slice], fo
                        "sample")
     return table, noise
 
-# %% ../nbs/36_truth.ipynb #194db138
+# %% ../nbs/36_truth.ipynb #c5b5d510
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Spearman's rho along the last axis; NaN where one side does not vary."
     a, b = (r - r.mean(-1, keepdims=True) for r in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
@@ -173,7 +173,7 @@ def judge(
     slope = slopes(predicted, found).item() if in_nats else np.nan
     return row | dict(slope=slope, slope_low=ends[0], slope_high=ends[1])
 
-# %% ../nbs/36_truth.ipynb #2ad828dd
+# %% ../nbs/36_truth.ipynb #4368a15e
 def judge_all(table: pd.DataFrame, methods: list[str], floors: dict[str, float]) -> pd.DataFrame:
     """One row per method, kind (single, group), subset (all, or how it was drawn) and the examples it was measured on.
     `table`: kind, subset, one measured column per key of `floors`, one column `predicted <method>` each."""
@@ -201,7 +201,7 @@ def calibration(table: pd.DataFrame, methods: list[str], parts: list[str], bins:
                      for on in parts for i, c in enumerate(chunks)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/36_truth.ipynb #de626534
+# %% ../nbs/36_truth.ipynb #bc462d70
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or nothing can be averaged."
     check_model(params)
