@@ -158,10 +158,10 @@ rule truth:
 rule surface:
     input: all_variants, done("data"), code_of("surface")
     output: done("surface/seed{seed}")
-    params: parameters("37_surface")
+    params: parameters("41_surface")
     threads: THREADS
     message: "loss surface, seed {wildcards.seed}"
-    shell: run("37_surface", "surface-seed{wildcards.seed}", "seed")
+    shell: run("41_surface", "surface-seed{wildcards.seed}", "seed")
 
 
 rule apply_mask:
