@@ -6,7 +6,7 @@
 __all__ = ['OPTIONAL', 'stages_of', 'tables', 'gather', 'logs_of', 'mask_size', 'layers_in_words', 'share_masked', 'where_masked',
            'own_band', 'values', 'mask_table', 'cost_table']
 
-# %% ../nbs/69_facts.ipynb #248e0ca2
+# %% ../nbs/69_facts.ipynb #d6bab1d6
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .names import family, label, stem
 from .study import finished, read_json, read_jsonl, settings
 from .wording import rows_against, verdict
 
-# %% ../nbs/69_facts.ipynb #5cd93c3f
+# %% ../nbs/69_facts.ipynb #affe4f00
 OPTIONAL = ("sweep", "truth", "surface")  # stages that a study may leave out
 
 def stages_of(study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def tables(study: str, stage: str, seeds: list[int], name: str) -> dict[int, pd.
              if p.exists() and p.stat().st_size > 1 and (p.parent / "manifest.json").exists()}
     return {s: t for s, t in found.items() if len(t)}
 
-# %% ../nbs/69_facts.ipynb #82018f82
+# %% ../nbs/69_facts.ipynb #23c54150
 def gather(
     study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str],
 ) -> SimpleNamespace:
@@ -96,7 +96,7 @@ def mask_size(path: Path) -> dict:
     of = sum(int(np.prod(s)) for s in about["shapes"].values())
     return dict(masked=masked, asked=about["provenance"].get("asked", masked), of=of)
 
-# %% ../nbs/69_facts.ipynb #a7323029
+# %% ../nbs/69_facts.ipynb #4c3de55d
 def layers_in_words(f) -> str:
     "layers 19-21"
     first, last = f.influence["metrics"]["band"].split("-")
@@ -123,7 +123,7 @@ def values(f, instrument: str) -> dict[str, float]:
     "variant -> value, all seeds together."
     return f.table[(f.table.instrument == instrument) & (f.table.seed == "all")].set_index("variant").value.to_dict()
 
-# %% ../nbs/69_facts.ipynb #a8b7f49e
+# %% ../nbs/69_facts.ipynb #592ac8f9
 def mask_table(f) -> pd.DataFrame:
     "masks.csv: for each mask its size, and its changes in absolute numbers and relative to fine-tuning."
     rows, gain = [], {r.instrument: r.difference for r in rows_against(f.tests, "base")}
@@ -140,7 +140,7 @@ def mask_table(f) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/69_facts.ipynb #61447c92
+# %% ../nbs/69_facts.ipynb #09624fba
 def cost_table(f) -> pd.DataFrame:
     """Seconds, tokens and peak memory of making each variant, means over seeds. All scores come from one stage, and its
     tokens are estimated from the mean length of the training chats."""

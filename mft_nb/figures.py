@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'KINDS', 'styled', 'save_figure', 'by_family', 'heights', 'f
            'runs_in_words', 'spread_out', 'symlog_ticks', 'flip_strip', 'scan_plot', 'until', 'against_prediction',
            'from_zero', 'training_curve', 'across', 'one_log', 'level_lines']
 
-# %% ../nbs/65_figures.ipynb #75320755
+# %% ../nbs/65_figures.ipynb #7346c4cf
 from functools import wraps
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .compare import ALPHA, INSTRUMENTS
 from .influence import holds_until
 from .names import FAMILIES, colour, family, in_order, label, marker, short
 
-# %% ../nbs/65_figures.ipynb #ab768154
+# %% ../nbs/65_figures.ipynb #5c652cc3
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
          "figure.constrained_layout.use": True, "figure.titlesize": 10}
@@ -33,7 +33,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #9eae6f86
+# %% ../nbs/65_figures.ipynb #4e5ceaae
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #0b471d4a
+# %% ../nbs/65_figures.ipynb #f3752f98
 def by_family(tests: pd.DataFrame, variants: list[str]) -> list[str]:
     "Variants by family, within a family from the lowest loss to the highest."
     first = next(i for i in INSTRUMENTS if (tests.instrument == i).any())
@@ -130,7 +130,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #b190e272
+# %% ../nbs/65_figures.ipynb #7d0d071f
 KINDS = (("gained", "^", "#0173b2"), ("lost", "v", "#d55e00"))
 
 @styled
@@ -164,7 +164,7 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../nbs/65_figures.ipynb #649c5a3a
+# %% ../nbs/65_figures.ipynb #e512c9cf
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -221,7 +221,7 @@ def from_zero(axes, every: pd.DataFrame) -> None:
         ax.set_ylim(min(0, both.min() * 2), max(unit, both.max() * 2))
         ax.minorticks_off()
 
-# %% ../nbs/65_figures.ipynb #4dea2a56
+# %% ../nbs/65_figures.ipynb #dd95a5fc
 @styled
 def training_curve(
     logs: dict[tuple[str, int], pd.DataFrame],  # (recipe or learner, seed) -> log: step, tokens, loss, eval_loss

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'NAMES', 'MODES', 'SHADES', 'MARKERS', 'MODE_MARKERS', 'Family', 'stem', 'family', 'in_order', 'short',
            'label', 'colour', 'marker']
 
-# %% ../nbs/62_names.ipynb #1ec794cb
+# %% ../nbs/62_names.ipynb #9c41a1b8
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .finetune import RECIPES
 from .gates import LEARNERS
 from .scores import METHODS
 
-# %% ../nbs/62_names.ipynb #1ea6f42b
+# %% ../nbs/62_names.ipynb #72985e62
 @dataclass(frozen=True)
 class Family:
     "A kind of variant."
@@ -50,7 +50,7 @@ def in_order(variants: list[str]) -> list[str]:
     "Variants by family, otherwise in the order given."
     return sorted(variants, key=lambda v: list(FAMILIES).index(family(v)))
 
-# %% ../nbs/62_names.ipynb #e09b93aa
+# %% ../nbs/62_names.ipynb #d79c5759
 NAMES = {
     "base": "base model", "fft": "fine-tuned (FFT)", "continued": "continued FFT", "average": "average of checkpoints",
     "lora": "LoRA", "decay": "FFT with weight decay", "wise": "WiSE-FT", "dropout": "FFT with dropout",
@@ -79,7 +79,7 @@ def label(variant: str) -> str:
     if name == "sparsegpt-update": return f"SparseGPT mask with update{after}"
     return f"{NAMES.get(name, name)} mask{after}"
 
-# %% ../nbs/62_names.ipynb #cd1538ed
+# %% ../nbs/62_names.ipynb #beaa8d2a
 SHADES = (0., .45, -.4, .2, -.2)  # towards white, or black
 MARKERS = "osD^vPXhpd"
 MODE_MARKERS = dict(reset="<", rescale=">", best="*")

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'baselines', 'kept_start', 'learned', 'starred', 'own_best', 'sweeps', 'scan_line', 'step_line', 'truth',
            'ground_truth', 'landscape', 'cost', 'beside_published']
 
-# %% ../nbs/69_sections.ipynb #54dc8279
+# %% ../nbs/69_sections.ipynb #83a2cdd3
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from .names import in_order, label, short
 from .study_figures import PUBLISHED as PUBLISHED_TRUTH
 from .wording import another_recipe, clause, fine_tuning, headline, measured, number, rows_against, verdict
 
-# %% ../nbs/69_sections.ipynb #52f3b423
+# %% ../nbs/69_sections.ipynb #32374ed2
 def baselines(f) -> str:
     "What fine-tuning did, and what the other recipes do instead of a mask."
     lines = ["## Fine-tuning without a mask", fine_tuning(f.tests)]
@@ -34,7 +34,7 @@ def baselines(f) -> str:
                         if None not in steps else "") + ", so its validation loss is chosen on itself.")
     return "\n\n".join([*lines, "![Loss over training](training.png)"])
 
-# %% ../nbs/69_sections.ipynb #48dae263
+# %% ../nbs/69_sections.ipynb #14d53728
 def kept_start(overlap: float, chance: float) -> str:
     "What it means that a learned mask shares a part of itself with the one it started from."
     if overlap > .9: return "it is little more than the random draw that it started from"
@@ -70,7 +70,7 @@ def learned(f) -> str:
                              f"{headline(started)}: {'; '.join(map(clause, started))}.")
     return "\n\n".join([*lines, markdown_table(head, rows), "![Overlap with the initial mask](learned.png)"])
 
-# %% ../nbs/69_sections.ipynb #cdd6d33c
+# %% ../nbs/69_sections.ipynb #00d12610
 def starred(row) -> str:
     "A difference, with a star when it is significant; empty without a row."
     if row is None: return ""
@@ -123,7 +123,7 @@ def sweeps(f) -> str:
     if f.fractions: lines.append("![Change of the loss over the number of examples behind a score](data_sweep.png)")
     return "\n\n".join(lines)
 
-# %% ../nbs/69_sections.ipynb #8d1d7f57
+# %% ../nbs/69_sections.ipynb #4b0d9cf0
 def scan_line(
     method: str,
     scan: pd.DataFrame,  # sets of growing size, zeroed: scan.csv
@@ -181,7 +181,7 @@ def truth(f) -> str:
                             ": for most weights the sign of the score is noise." if agree.mean() < .55 else "."),
                         "![Distribution of the scores by matrix](scores.png)" if f.shown_scores else ""])
 
-# %% ../nbs/69_sections.ipynb #f4cdcae6
+# %% ../nbs/69_sections.ipynb #0710d20b
 def ground_truth(f) -> str:
     "Weights zeroed for real, alone and in groups, against every score's prediction; empty when it was not run."
     if not f.judged: return ""
@@ -213,7 +213,7 @@ def ground_truth(f) -> str:
         markdown_table(head, rows), "![Rank correlation and sign accuracy of each score](truth.png)",
         *(["![Measured against predicted changes](calibration.png)"] if f.calibration else [])])
 
-# %% ../nbs/69_sections.ipynb #c9df8c9b
+# %% ../nbs/69_sections.ipynb #c1838db8
 def landscape(f) -> str:
     "The loss surface; empty when it was not computed."
     if not f.surface: return ""
@@ -242,7 +242,7 @@ def cost(f) -> str:
         "stages, with loading and validation; the memory is the largest of the process; the tokens behind the scores "
         "are estimated from the mean length of the chats.", "![Time, tokens and memory](cost.png)"])
 
-# %% ../nbs/69_sections.ipynb #a3a8237f
+# %% ../nbs/69_sections.ipynb #c7336dbd
 PUBLISHED = [  # source, model, what, HumanEval pass@1 of FFT, with the mask or baseline
     ("MFT paper (arXiv 2503.22764)", "LLaMA2-7B", "learned mask (MFT), 10% of layers 20-23", "29.3", "31.7"),
     ("README of the MFT code", "LLaMA2-7B", "the same", "29.9", "33.5"),

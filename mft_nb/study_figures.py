@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'KEY', 'over_seeds', 'sweep_lines', 'logarithmic', 'band_map', 'truth_plot', 'calibration_plot',
            'spread_labels', 'surface_plot', 'contour_levels', 'name_points', 'cost_bars']
 
-# %% ../nbs/66_study_figures.ipynb #2a01b139
+# %% ../nbs/66_study_figures.ipynb #ad418120
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .figures import heights, family_titles, styled, symlog_ticks
 from .names import FAMILIES, colour, family, in_order, marker, short
 
-# %% ../nbs/66_study_figures.ipynb #a1f0960d
+# %% ../nbs/66_study_figures.ipynb #cbe8baf6
 def over_seeds(tables: dict[int, pd.DataFrame], by: list[str]) -> pd.DataFrame:
     "Mean change over seeds with `low` and `high`: 95% interval over examples for one seed, range of several seeds."
     every = pd.concat(tables.values())
@@ -70,7 +70,7 @@ def logarithmic(axes, table: pd.DataFrame) -> None:
         ax.set_ylim(min(1.6 * table.low.min(), -unit), max(1.6 * table.high.max(), unit))
         ax.minorticks_off()
 
-# %% ../nbs/66_study_figures.ipynb #61ae155b
+# %% ../nbs/66_study_figures.ipynb #67c675ad
 @styled
 def band_map(
     tables: dict[int, pd.DataFrame],  # seed -> bands.csv: band, first, method, change, se, n
@@ -99,7 +99,7 @@ def band_map(
                  + f", mean of {len(tables)} seeds" * (len(tables) > 1) + ")", loc="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #29e2990a
+# %% ../nbs/66_study_figures.ipynb #ad0f4580
 PUBLISHED = dict(spearman=-.056, sign_accuracy=.515)  # of SCI on single weights, by its own replication
 
 @styled
@@ -137,7 +137,7 @@ def truth_plot(
                     "full: on the gradient's own examples, open: on validation examples", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #6282de80
+# %% ../nbs/66_study_figures.ipynb #a64f9ceb
 @styled
 def calibration_plot(
     tables: dict[int, pd.DataFrame],  # seed -> calibration.csv of `truth`
@@ -163,7 +163,7 @@ def calibration_plot(
     figure.suptitle(f"{study}: on the dashed line a score says how much will happen", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #00ec6e95
+# %% ../nbs/66_study_figures.ipynb #2574966e
 KEY = ("mft", "sci", "taylor", "random", "magnitude")  # named in a crowd, beside the recipes
 
 def spread_labels(points: np.ndarray, texts: list[str], box: tuple[float, float], rounds: int = 400) -> np.ndarray:
@@ -251,7 +251,7 @@ def name_points(figure, ax, where: pd.DataFrame) -> None:
                     zorder=5, arrowprops=dict(arrowstyle="-", lw=.5, color="0.2", shrinkA=0, shrinkB=3),
                     bbox=dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=.75))
 
-# %% ../nbs/66_study_figures.ipynb #20eaba63
+# %% ../nbs/66_study_figures.ipynb #05021f57
 @styled
 def cost_bars(
     costs: pd.DataFrame,  # variant, name, seconds, tokens, memory (GB): means over seeds

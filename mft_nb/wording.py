@@ -6,7 +6,7 @@
 __all__ = ['CHOSEN', 'verdict', 'number', 'measured', 'interval', 'clause', 'deed', 'listed', 'headline', 'rows_against',
            'answer', 'yes_or_no', 'beside_chance', 'tally', 'another_recipe', 'fine_tuning']
 
-# %% ../nbs/67_wording.ipynb #899fa6e5
+# %% ../nbs/67_wording.ipynb #d644b28c
 import math
 
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from .compare import ALPHA, INSTRUMENTS
 from .names import label, short, stem
 
-# %% ../nbs/67_wording.ipynb #5a5118ff
+# %% ../nbs/67_wording.ipynb #dc605642
 def verdict(
     row,  # a row of tests.csv
 ) -> str:
@@ -22,7 +22,7 @@ def verdict(
     if not row.p_holm < ALPHA or row.difference == 0: return "none"
     return "helped" if row.difference * INSTRUMENTS[row.instrument].better > 0 else "hurt"
 
-# %% ../nbs/67_wording.ipynb #f84bb816
+# %% ../nbs/67_wording.ipynb #66e31122
 def number(value: float, signed: bool = False) -> str:
     "Three digits at most, a true minus sign."
     if pd.isna(value): return "unknown"
@@ -46,7 +46,7 @@ def interval(instrument: str, low: float, high: float) -> str:
     if pd.isna(low): return "no interval: one item"
     return f"95% interval {measured(instrument, low, True, False)} to {measured(instrument, high, True, False)}"
 
-# %% ../nbs/67_wording.ipynb #e9890cb1
+# %% ../nbs/67_wording.ipynb #13ac507f
 def clause(row) -> str:
     "What happened to one instrument, with its uncertainty."
     kind, span = INSTRUMENTS[row.instrument], interval(row.instrument, row.low, row.high)
@@ -60,7 +60,7 @@ def clause(row) -> str:
     size = measured(row.instrument, abs(row.difference))
     return f"{kind.name} {way} by {size} (95% interval {low} to {high})"
 
-# %% ../nbs/67_wording.ipynb #626027d4
+# %% ../nbs/67_wording.ipynb #b465fe78
 CHOSEN = {"sci": "that Sign-Corrected Influence (SCI) calls most harmful",
           "taylor": "that signed Taylor calls most harmful", "magnitude": "of smallest magnitude",
           "random": "drawn at random", "mft": "that Mask Fine-Tuning (MFT) learned to switch off",
@@ -112,7 +112,7 @@ def yes_or_no(tests: pd.DataFrame, variants: list[str]) -> str:
     if mixed: return "It depends on the measure"
     return "No" if any("hurt" in f for f in found) else "Nothing to be seen"
 
-# %% ../nbs/67_wording.ipynb #a87cc05b
+# %% ../nbs/67_wording.ipynb #86132fc3
 def beside_chance(tests: pd.DataFrame, method: str) -> str:
     "How a mask compares with the random mask of the same size; empty when there is none."
     rows = rows_against(tests, method, "random")
@@ -122,7 +122,7 @@ def beside_chance(tests: pd.DataFrame, method: str) -> str:
              f"{measured(r.instrument, r.difference, True)}, {interval(r.instrument, r.low, r.high)})" for r in rows]
     return f"Against a random mask of the same size, the {short(method)} mask is {listed(parts)}."
 
-# %% ../nbs/67_wording.ipynb #00209805
+# %% ../nbs/67_wording.ipynb #d8317b24
 def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     "How many masks help, hurt or show no detectable difference on each instrument."
     parts = []
@@ -139,7 +139,7 @@ def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     n = len(tests[(tests.against == against) & tests.variant.isin(masks)].variant.unique())
     return f"Of {n} mask{'s' * (n != 1)} against {than}, after Holm's correction: {'; '.join(parts)}."
 
-# %% ../nbs/67_wording.ipynb #796c07e9
+# %% ../nbs/67_wording.ipynb #f647fc48
 def another_recipe(tests: pd.DataFrame, recipe: str) -> str:
     "What another way of fine-tuning does against plain full fine-tuning, in one sentence."
     rows, words = rows_against(tests, recipe), label(recipe)
