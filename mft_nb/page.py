@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CSS', 'fenced', 'to_html', 'split_pictures']
 
-# %% ../nbs/68_page.ipynb #2490fd96
+# %% ../nbs/68_page.ipynb #f3414bd8
 import html
 import re
 from pathlib import Path
@@ -14,14 +14,14 @@ import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-# %% ../nbs/68_page.ipynb #e653f00b
+# %% ../nbs/68_page.ipynb #cf42a46e
 def fenced(text: str, language: str = "") -> str:
     "A code block that nothing in `text` can close."
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
-# %% ../nbs/68_page.ipynb #25a2b2ec
+# %% ../nbs/68_page.ipynb #c99fc937
 CSS = """
 body {font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem}
 h1 {font-size: 1.7rem; line-height: 1.25} h2 {margin-top: 2.4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem}
@@ -48,7 +48,7 @@ def to_html(
             "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
             f"<style>{style}</style></head>\n<body>{body}</body></html>\n")
 
-# %% ../nbs/68_page.ipynb #41abac49
+# %% ../nbs/68_page.ipynb #1f151d25
 def split_pictures(text: str) -> list[tuple[str, str]]:
     "Pieces of a Markdown text in order: ('text', markdown) or ('picture', file name)."
     pieces = re.split(r"(?m)^!\[[^\]]*\]\(([^)]+)\)$", text)
