@@ -59,12 +59,17 @@ TRUTH = P["truth_weights"] or P["truth_groups"]
 
 def source_of(wildcards):
     "What a variant needs: nothing but the data for base, a checkpoint for a recipe, a mask for the others."
-    v, seed = wildcards.variant, f"-seed{wildcards.seed}"
+    return sources(wildcards.variant, wildcards.seed)
+
+
+def sources(v, s):
+    "The stages that make variant v of seed s."
+    seed = f"-seed{s}"
     if v == "base": return []
     if v in RECIPES: return [done(f"finetune/{'continued' if v == 'average' else v}{seed}")]
     needs = [done(f"finetune/fft{seed}")]
     if v in LEARNERS: return [*needs, done(f"learn_mask/{v}{seed}")]
-    return [*needs, done(f"{'sweep' if v.endswith('.best') else 'influence'}/seed{wildcards.seed}")]
+    return [*needs, done(f"{'sweep' if v.endswith('.best') else 'influence'}/seed{s}")]
 
 
 def after_fft(wildcards):
@@ -77,9 +82,9 @@ def before_learning(wildcards):
     return [done(f"influence/seed{wildcards.seed}")] if LEARNERS[wildcards.learner].init == "score" else []
 
 
-def all_variants(wildcards):
-    "Every evaluated variant of a seed, for the places on the loss surface."
-    return [done(f"evaluate/{v}-seed{wildcards.seed}") for v in VARIANTS if v != "base"]
+def all_sources(wildcards):
+    "Every variant of a seed has its place on the loss surface."
+    return sorted({x for v in VARIANTS for x in sources(v, wildcards.seed)})
 
 
 wildcard_constraints:
@@ -88,8 +93,10 @@ wildcard_constraints:
 
 EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
              *(done(f"evaluate/{v}-seed{s}") for s in SEEDS for v in VARIANTS if v != "base")]
-EVIDENCE = [done(f"{stage}/seed{s}") for s in SEEDS
-            for stage, wanted in (("sweep", SWEPT), ("truth", TRUTH), ("surface", P["surface_points"])) if wanted]
+# the sweep finds masks, so every seed has one; the other two explain, and one checkpoint is enough for that
+EVIDENCE = [done(f"{stage}/seed{s}") for stage, seeds, wanted in (
+    ("sweep", SEEDS, SWEPT), ("truth", SEEDS[:1], TRUTH), ("surface", SEEDS[:1], P["surface_points"]))
+            for s in seeds if wanted]
 
 
 # every stage by name: a missing stamp below a report that is older would not count as missing
@@ -156,7 +163,7 @@ rule truth:
 
 
 rule surface:
-    input: all_variants, done("data"), code_of("surface")
+    input: all_sources, done("data"), code_of("surface")
     output: done("surface/seed{seed}")
     params: parameters("41_surface")
     threads: THREADS
