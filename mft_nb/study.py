@@ -9,7 +9,7 @@ __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', '
            'read_jsonl', 'sha256', 'hash_of', 'versions', 'peak_memory_gb', 'disk_full', 'Stage', 'code_of',
            'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #3391f351
+# %% ../nbs/00_study.ipynb #8638f62d
 import ast
 import contextlib
 import errno
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from .settings import check_folders, explain, git_revision, project_root, settings
 
-# %% ../nbs/00_study.ipynb #fd879511
+# %% ../nbs/00_study.ipynb #45942848
 def no_repeats(items: list) -> list:
     "A list in which nothing stands twice."
     if twice := sorted({i for i in items if items.count(i) > 1}): raise ValueError(f"{twice[0]!r} stands there twice")
@@ -72,7 +72,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #3b30786c
+# %% ../nbs/00_study.ipynb #84d69335
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -101,7 +101,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #51edea49
+# %% ../nbs/00_study.ipynb #186411ac
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -115,7 +115,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #5b6507d4
+# %% ../nbs/00_study.ipynb #77c8617e
 def checked(stage_function):
     "Check the arguments of a stage function against its annotations. Raises ValueError with argument, found, allowed."
     strict = pydantic.validate_call(config=ConfigDict(strict=True))(stage_function)
@@ -127,7 +127,7 @@ def checked(stage_function):
             raise ValueError(explain(e, f"arguments of {stage_function.__name__}")) from None
     return wrapper
 
-# %% ../nbs/00_study.ipynb #82d836f6
+# %% ../nbs/00_study.ipynb #5e8f40cd
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -158,7 +158,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #8bc82875
+# %% ../nbs/00_study.ipynb #b452682b
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -171,7 +171,7 @@ def check_study(path: str | Path) -> dict:
             raise ValueError(f"{Path(path).name}: {e}") from None
     return params
 
-# %% ../nbs/00_study.ipynb #9fcb05c1
+# %% ../nbs/00_study.ipynb #f0297ddf
 def write_whole(path: Path, text: str) -> None:
     "Write a file so that a reader sees the old one or the new one, never half of it."
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
@@ -202,11 +202,11 @@ def hash_of(value: Any) -> str:
     "Short hash of any JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_study.ipynb #e74f34ba
+# %% ../nbs/00_study.ipynb #a5d550c9
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in ("mft_nb", "torch", "torch_xla", "transformers", "accelerate", "datasets", "evalplus", "numpy"):
+    for name in ("mft_nb", "torch", "torch_xla", "transformers", "accelerate", "peft", "datasets", "evalplus", "numpy"):
         with contextlib.suppress(PackageNotFoundError): found[name] = version(name)
     return found
 
@@ -215,14 +215,14 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #cb1b2caa
+# %% ../nbs/00_study.ipynb #9e268a06
 def disk_full(error: Exception, folder: Path) -> bool:
     "Whether an error means that there is no room left on the disk of a folder."
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     while not folder.exists(): folder = folder.parent
     return known or shutil.disk_usage(folder).free < 2**20
 
-# %% ../nbs/00_study.ipynb #12210329
+# %% ../nbs/00_study.ipynb #9dbfc06c
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
@@ -311,7 +311,7 @@ class Stage:
         shutil.rmtree(self.old, ignore_errors=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #dfb7f2ac
+# %% ../nbs/00_study.ipynb #aa556b2a
 def code_of(
     stage: str,  # name of a stage, which is the name of its module
 ) -> list[Path]:
@@ -344,7 +344,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #1faa3eca
+# %% ../nbs/00_study.ipynb #2c064106
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -356,7 +356,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
 
-# %% ../nbs/00_study.ipynb #70f69e96
+# %% ../nbs/00_study.ipynb #0d5a8709
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -371,7 +371,7 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #6463a11c
+# %% ../nbs/00_study.ipynb #d20a5739
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -383,7 +383,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #85e5f2d9
+# %% ../nbs/00_study.ipynb #41ebb462
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
@@ -394,5 +394,5 @@ def main(argv: list[str]) -> int:
     print(f"{Path(argv[0]).name}: {len(params)} parameters are fine")
     return 0
 
-# %% ../nbs/00_study.ipynb #4fb36061
+# %% ../nbs/00_study.ipynb #267c59de
 if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main(sys.argv[1:]))
