@@ -8,7 +8,7 @@ __all__ = ['TINY', 'FEW', 'SECTIONS', 'opening', 'words', 'how_it_chooses', 'val
            'pick_samples', 'programs', 'origin', 'really_used', 'duration', 'stage_rows', 'how_it_ran', 'draw', 'flips',
            'levels', 'draw_masks', 'write_report', 'publish']
 
-# %% ../nbs/70_report.ipynb #d568f96b
+# %% ../nbs/70_report.ipynb #56ca65b9
 import shutil
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .study import Seeds, StudyName, finished, open_stage, settings
 from .study_figures import sweep_lines
 from .wording import answer, beside_chance, listed, measured, rows_against, tally, verdict, yes_or_no
 
-# %% ../nbs/70_report.ipynb #98e1926a
+# %% ../nbs/70_report.ipynb #c41fb040
 TINY = ("**Tiny random model: no result.** This is the smoke study: it runs every step on a model of random weights in "
         "seconds, to show that the machinery works. Its numbers mean nothing.")
 
@@ -77,7 +77,7 @@ def how_it_chooses(variant: str) -> tuple[str, str]:
     kind = "at random" if m.formula == "uniform" else m.formula if m.solve else f"the highest `{m.formula}`"
     return kind + ("" if m.mode == "zero" else f"; applied by {m.mode}"), m.source
 
-# %% ../nbs/70_report.ipynb #4b25475e
+# %% ../nbs/70_report.ipynb #622a809f
 FEW = 12  # variants up to which every number fits into one table
 
 def value_cell(row) -> str:
@@ -158,7 +158,7 @@ def results(f) -> str:
         "seeds and items as crossed random effects for several runs. *Won / lost* counts problems that only one of "
         "the two solves.", tests_table(f)] if p)
 
-# %% ../nbs/70_report.ipynb #717ce7fc
+# %% ../nbs/70_report.ipynb #86a11e25
 def budget_table(f) -> str:
     "Weights zeroed in each matrix: every layer of the band has the same shapes."
     mask = f.masks[f.focus[0]]
@@ -193,7 +193,7 @@ def where_they_fall(f) -> str:
            + (", the diagonal compares a method's masks of two fine-tuning seeds." if len(f.seeds) > 1 else "."),
            "![Overlap of the masks](overlap.png)"] if len(f.masked) > 1 or len(f.seeds) > 1 else [])])
 
-# %% ../nbs/70_report.ipynb #07f09efb
+# %% ../nbs/70_report.ipynb #59545076
 def sample(f, variant: str, task: str, question: str = "") -> str:
     "One program with its verdict."
     row = next(r for r in f.problems[variant, f.seeds[0]] if r["task_id"] == task)
@@ -229,7 +229,7 @@ def programs(f) -> str:
                   *(sample(f, v, task) for v in ("fft", *f.focus))]
     return "\n\n".join(parts)
 
-# %% ../nbs/70_report.ipynb #2d545ab1
+# %% ../nbs/70_report.ipynb #bdf58636
 def origin(model: str) -> str:
     "Where the weights of a model are from."
     if model == "tiny": return "random weights, built in process"
@@ -257,7 +257,7 @@ def really_used(f) -> str:
         f"the answers only. Validation loss went from {curve.eval_loss.iloc[0]:.3f} to {curve.eval_loss.iloc[-1]:.3f} "
         f"(seed {f.seeds[0]})."])
 
-# %% ../nbs/70_report.ipynb #1e1bd2ce
+# %% ../nbs/70_report.ipynb #2304e1a5
 def duration(seconds: float) -> str:
     "12 s, 3 min 20 s, 2 h 5 min."
     s = round(seconds)
@@ -293,7 +293,7 @@ def how_it_ran(f) -> str:
         "*+changes* means that the working tree differed from that commit. The executed notebook of every stage is in "
         f"`runs/{f.study}/notebooks/`."])
 
-# %% ../nbs/70_report.ipynb #9d7785d9
+# %% ../nbs/70_report.ipynb #3013cf5a
 def draw(f, folder: Path) -> None:
     "All figures of the report, as PNG and SVG."
     seed, own = f.seeds[0], lambda figure, name: figures.save_figure(figure, folder, name)
@@ -344,7 +344,7 @@ def draw_masks(f, own) -> None:
         pairs.append(seeds.assign(a=v, b=v))
     if any(len(p) for p in pairs): own(mask_figures.overlap_map(pd.concat(pairs), f.study), "overlap")
 
-# %% ../nbs/70_report.ipynb #4bc50127
+# %% ../nbs/70_report.ipynb #ec0dfe39
 SECTIONS = (opening, results, learned, baselines, sweeps, truth, ground_truth, landscape, where_they_fall, cost,
             programs, beside_published, really_used, how_it_ran)
 

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'baselines', 'kept_start', 'learned', 'starred', 'own_best', 'sweeps', 'scan_line', 'step_line', 'truth',
            'ground_truth', 'landscape', 'cost', 'beside_published']
 
-# %% ../nbs/69_sections.ipynb #83a2cdd3
+# %% ../nbs/69_sections.ipynb #e6d82866
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from .names import in_order, label, short
 from .study_figures import PUBLISHED as PUBLISHED_TRUTH
 from .wording import another_recipe, clause, fine_tuning, headline, measured, number, rows_against, verdict
 
-# %% ../nbs/69_sections.ipynb #32374ed2
+# %% ../nbs/69_sections.ipynb #406715f1
 def baselines(f) -> str:
     "What fine-tuning did, and what the other recipes do instead of a mask."
     lines = ["## Fine-tuning without a mask", fine_tuning(f.tests)]
@@ -34,7 +34,7 @@ def baselines(f) -> str:
                         if None not in steps else "") + ", so its validation loss is chosen on itself.")
     return "\n\n".join([*lines, "![Loss over training](training.png)"])
 
-# %% ../nbs/69_sections.ipynb #14d53728
+# %% ../nbs/69_sections.ipynb #9f89b837
 def kept_start(overlap: float, chance: float) -> str:
     "What it means that a learned mask shares a part of itself with the one it started from."
     if overlap > .9: return "it is little more than the random draw that it started from"
@@ -70,7 +70,7 @@ def learned(f) -> str:
                              f"{headline(started)}: {'; '.join(map(clause, started))}.")
     return "\n\n".join([*lines, markdown_table(head, rows), "![Overlap with the initial mask](learned.png)"])
 
-# %% ../nbs/69_sections.ipynb #00d12610
+# %% ../nbs/69_sections.ipynb #90371a77
 def starred(row) -> str:
     "A difference, with a star when it is significant; empty without a row."
     if row is None: return ""
@@ -80,6 +80,7 @@ def own_best(f) -> tuple[str, list[list[str]]]:
     "Each method at the study's budget and at its own best share."
     table, rows, helped = pd.concat(f.keeps.values()), [], []
     clean = [i for i in f.instruments if i != "validation_loss"]
+    sides = (0, 1) if any(v.endswith(".best") for v in f.masked) else (0,)
     for m in in_order(list(dict.fromkeys(table.method))):
         mean = table[(table.method == m) & (table.masked > 0)].groupby("share")[["change", "se"]].mean()
         if mean.empty: continue
@@ -89,7 +90,7 @@ def own_best(f) -> tuple[str, list[list[str]]]:
         at_budget, at_best = ({t.instrument: t for t in rows_against(f.tests, v)} for v in (m, f"{m}.best"))
         rows.append([short(m), starred(at_budget.get("validation_loss")), f"{100 * best:.2g}%",
                      measured("validation_loss", r.change, True, False),
-                     *(starred(x) for i in clean for x in (at_budget.get(i), at_best.get(i)))])
+                     *(starred((at_budget, at_best)[k].get(i)) for i in clean for k in sides)])
     said = (f"At its own best share, {', '.join(helped)} {'lowers' if len(helped) == 1 else 'lower'} the validation "
             "loss by more than twice its standard error." if helped else "No method has a share at which the "
             "validation loss falls by more than twice its standard error.")
@@ -101,13 +102,14 @@ def sweeps(f) -> str:
     lines = ["## Budgets, bands and data", "Measured on validation examples only; no share, band or amount of data was "
              "chosen on the benchmark."]
     if f.keeps:
-        said, rows = own_best(f)
+        (said, rows), best = own_best(f), any(v.endswith(".best") for v in f.masked)
         clean = [INSTRUMENTS[i].name for i in f.instruments if i != "validation_loss"]
         head = ["method", "validation loss at the budget", "own best share", "validation loss there"]
         lines += [f"{said} The best of many noisy numbers looks better than it is: where a method is shown at its own "
                   "best, its *validation loss flatters it*, and only "
                   f"{' and '.join(clean)} had no part in the choice.",
-                  markdown_table([*head, *(f"{c} at the {w}" for c in clean for w in ("budget", "best"))], rows),
+                  markdown_table([*head, *(f"{c} at the {w}" for c in clean for w in ("budget", "best")[:1 + best])],
+                                 rows),
                   "Changes against FFT; a star is significant after Holm's correction; empty where a mask was not "
                   "evaluated.", "![Change of the loss over the share that is zeroed](keep_sweep.png)"]
     if f.bands:
@@ -123,7 +125,7 @@ def sweeps(f) -> str:
     if f.fractions: lines.append("![Change of the loss over the number of examples behind a score](data_sweep.png)")
     return "\n\n".join(lines)
 
-# %% ../nbs/69_sections.ipynb #4b0d9cf0
+# %% ../nbs/69_sections.ipynb #92de77d0
 def scan_line(
     method: str,
     scan: pd.DataFrame,  # sets of growing size, zeroed: scan.csv
@@ -181,7 +183,7 @@ def truth(f) -> str:
                             ": for most weights the sign of the score is noise." if agree.mean() < .55 else "."),
                         "![Distribution of the scores by matrix](scores.png)" if f.shown_scores else ""])
 
-# %% ../nbs/69_sections.ipynb #0710d20b
+# %% ../nbs/69_sections.ipynb #84c4f78f
 def ground_truth(f) -> str:
     "Weights zeroed for real, alone and in groups, against every score's prediction; empty when it was not run."
     if not f.judged: return ""
@@ -213,7 +215,7 @@ def ground_truth(f) -> str:
         markdown_table(head, rows), "![Rank correlation and sign accuracy of each score](truth.png)",
         *(["![Measured against predicted changes](calibration.png)"] if f.calibration else [])])
 
-# %% ../nbs/69_sections.ipynb #c1838db8
+# %% ../nbs/69_sections.ipynb #50455499
 def landscape(f) -> str:
     "The loss surface; empty when it was not computed."
     if not f.surface: return ""
@@ -242,7 +244,7 @@ def cost(f) -> str:
         "stages, with loading and validation; the memory is the largest of the process; the tokens behind the scores "
         "are estimated from the mean length of the chats.", "![Time, tokens and memory](cost.png)"])
 
-# %% ../nbs/69_sections.ipynb #c7336dbd
+# %% ../nbs/69_sections.ipynb #71922830
 PUBLISHED = [  # source, model, what, HumanEval pass@1 of FFT, with the mask or baseline
     ("MFT paper (arXiv 2503.22764)", "LLaMA2-7B", "learned mask (MFT), 10% of layers 20-23", "29.3", "31.7"),
     ("README of the MFT code", "LLaMA2-7B", "the same", "29.9", "33.5"),

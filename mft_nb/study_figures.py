@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'KEY', 'over_seeds', 'sweep_lines', 'logarithmic', 'band_map', 'truth_plot', 'calibration_plot',
            'spread_labels', 'surface_plot', 'contour_levels', 'name_points', 'cost_bars']
 
-# %% ../nbs/66_study_figures.ipynb #ad418120
+# %% ../nbs/66_study_figures.ipynb #f21c5d6b
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .figures import heights, family_titles, styled, symlog_ticks
 from .names import FAMILIES, colour, family, in_order, marker, short
 
-# %% ../nbs/66_study_figures.ipynb #cbe8baf6
+# %% ../nbs/66_study_figures.ipynb #00a9cce0
 def over_seeds(tables: dict[int, pd.DataFrame], by: list[str]) -> pd.DataFrame:
     "Mean change over seeds with `low` and `high`: 95% interval over examples for one seed, range of several seeds."
     every = pd.concat(tables.values())
@@ -39,7 +39,8 @@ def sweep_lines(
     table = over_seeds(tables, ["method", x])
     methods = in_order(list(dict.fromkeys(table.method)))
     kinds = [f for f in FAMILIES if any(family(m) == f for m in methods)]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(1.2 + 3.1 * len(kinds), 3.9), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(max(5.6, 1.2 + 3.1 * len(kinds)), 3.9), sharey=True,
+                                squeeze=False)
     for ax, kind in zip(axes[0], kinds, strict=True):
         for m in [m for m in methods if family(m) == kind]:
             r = table[table.method == m].sort_values(x)
@@ -50,6 +51,9 @@ def sweep_lines(
         ax.axhline(0, color="0.6", lw=.8, zorder=0)
         if budget: ax.axvline(budget, color="0.6", lw=1, ls=":", zorder=0)
         ax.set(xscale="log", xlabel=xlabel, title=FAMILIES[kind].title)
+        if table[x].min() > .02:  # less than two decades: name the places
+            ax.set_xticks(sorted(set(table[x])), [f"{100 * v:.3g}%" for v in sorted(set(table[x]))])
+            ax.minorticks_off()
         ax.grid(axis="y", color="0.94", lw=.6)
         ax.legend(loc="best")
     logarithmic(axes[0], table)
@@ -70,7 +74,7 @@ def logarithmic(axes, table: pd.DataFrame) -> None:
         ax.set_ylim(min(1.6 * table.low.min(), -unit), max(1.6 * table.high.max(), unit))
         ax.minorticks_off()
 
-# %% ../nbs/66_study_figures.ipynb #67c675ad
+# %% ../nbs/66_study_figures.ipynb #ab6fce9d
 @styled
 def band_map(
     tables: dict[int, pd.DataFrame],  # seed -> bands.csv: band, first, method, change, se, n
@@ -99,7 +103,7 @@ def band_map(
                  + f", mean of {len(tables)} seeds" * (len(tables) > 1) + ")", loc="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #ad0f4580
+# %% ../nbs/66_study_figures.ipynb #276cdfbe
 PUBLISHED = dict(spearman=-.056, sign_accuracy=.515)  # of SCI on single weights, by its own replication
 
 @styled
@@ -137,7 +141,7 @@ def truth_plot(
                     "full: on the gradient's own examples, open: on validation examples", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #a64f9ceb
+# %% ../nbs/66_study_figures.ipynb #e2b0ec00
 @styled
 def calibration_plot(
     tables: dict[int, pd.DataFrame],  # seed -> calibration.csv of `truth`
@@ -147,8 +151,8 @@ def calibration_plot(
     every = pd.concat(tables.values())
     every = every[every.on == "gradient"]
     kinds, methods = (list(dict.fromkeys(every[c])) for c in ("kind", "method"))
-    figure, axes = plt.subplots(len(kinds), len(methods), figsize=(1.2 + 2.7 * len(methods), .8 + 2.4 * len(kinds)),
-                                squeeze=False)
+    size = max(5.6, 1.2 + 2.7 * len(methods)), .8 + 2.4 * len(kinds)
+    figure, axes = plt.subplots(len(kinds), len(methods), figsize=size, squeeze=False)
     for (i, kind), (j, m) in [(a, b) for a in enumerate(kinds) for b in enumerate(methods)]:
         ax, b = axes[i][j], every[(every.kind == kind) & (every.method == m)]
         ax.errorbar(b.predicted, b.measured, 1.96 * b.se, fmt=marker(m), ms=4.5, capsize=2, color=colour(m))
@@ -163,7 +167,7 @@ def calibration_plot(
     figure.suptitle(f"{study}: on the dashed line a score says how much will happen", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_study_figures.ipynb #2574966e
+# %% ../nbs/66_study_figures.ipynb #150a225e
 KEY = ("mft", "sci", "taylor", "random", "magnitude")  # named in a crowd, beside the recipes
 
 def spread_labels(points: np.ndarray, texts: list[str], box: tuple[float, float], rounds: int = 400) -> np.ndarray:
@@ -209,7 +213,9 @@ def surface_plot(
         if zoom is not None:
             ax.set(xlim=(centre[0] - zoom, centre[0] + zoom), ylim=(centre[1] - zoom, centre[1] + zoom))
         for v, r in window.iterrows():
-            ax.plot(r.x, r.y, marker(v), ms=7, color=colour(v), mec="white", mew=.8, zorder=4, label=short(v))
+            off = r.get("inside", 1.) < .5
+            ax.plot(r.x, r.y, marker(v), ms=6 if off else 7, color="white" if off else colour(v), zorder=4,
+                    mec=colour(v) if off else "white", mew=1.6 if off else .8, label=short(v))
         crowd = zoom is None and close
         named = [v for v in window.index if not crowd or (np.abs(where.loc[v, ["x", "y"]] - centre) > reach).any()
                  or v == "fft"]
@@ -217,11 +223,14 @@ def surface_plot(
         name_points(figure, ax, window.loc[named])
         ax.set(xlabel=axes_words[0], ylabel=axes_words[1],
                title="the whole plane" if zoom is None else f"closer: {len(window)} of {len(where)} variants")
-        figure.colorbar(drawn, ax=ax, label="validation loss, nats per token", format="%.3g", shrink=.8)
+        step = np.diff(drawn.levels).min()
+        figure.colorbar(drawn, ax=ax, label="validation loss, nats per token", shrink=.8,
+                        format=f"%.{max(1, int(np.ceil(-np.log10(step)))) if step > 0 else 3}f")
     if len(names) > 14:
         lines = {line.get_label(): line for ax in axes[0] for line in ax.lines}
         figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=6.5, markerscale=.7)
-    figure.suptitle(f"{study}, seed {seed}: the loss around the fine-tuned model", x=.01, ha="left")
+    off = "\nopen: less than half of the way from FFT (squared) lies in this plane" * ("inside" in places)
+    figure.suptitle(f"{study}, seed {seed}: the loss around the fine-tuned model{off}", x=.01, ha="left")
     return figure
 
 def contour_levels(grid: pd.DataFrame, centre, zoom: float | None) -> np.ndarray:
@@ -251,7 +260,7 @@ def name_points(figure, ax, where: pd.DataFrame) -> None:
                     zorder=5, arrowprops=dict(arrowstyle="-", lw=.5, color="0.2", shrinkA=0, shrinkB=3),
                     bbox=dict(boxstyle="round,pad=.12", fc="white", ec="none", alpha=.75))
 
-# %% ../nbs/66_study_figures.ipynb #05021f57
+# %% ../nbs/66_study_figures.ipynb #f8835558
 @styled
 def cost_bars(
     costs: pd.DataFrame,  # variant, name, seconds, tokens, memory (GB): means over seeds

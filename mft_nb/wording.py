@@ -6,7 +6,7 @@
 __all__ = ['CHOSEN', 'verdict', 'number', 'measured', 'interval', 'clause', 'deed', 'listed', 'headline', 'rows_against',
            'answer', 'yes_or_no', 'beside_chance', 'tally', 'another_recipe', 'fine_tuning']
 
-# %% ../nbs/67_wording.ipynb #d644b28c
+# %% ../nbs/67_wording.ipynb #51ccaef2
 import math
 
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from .compare import ALPHA, INSTRUMENTS
 from .names import label, short, stem
 
-# %% ../nbs/67_wording.ipynb #dc605642
+# %% ../nbs/67_wording.ipynb #4df61836
 def verdict(
     row,  # a row of tests.csv
 ) -> str:
@@ -22,13 +22,13 @@ def verdict(
     if not row.p_holm < ALPHA or row.difference == 0: return "none"
     return "helped" if row.difference * INSTRUMENTS[row.instrument].better > 0 else "hurt"
 
-# %% ../nbs/67_wording.ipynb #66e31122
+# %% ../nbs/67_wording.ipynb #5a3642a5
 def number(value: float, signed: bool = False) -> str:
     "Three digits at most, a true minus sign."
     if pd.isna(value): return "unknown"
     if abs(value) < 1e-9: return "0"
     digits = max(0, min(3, 2 - math.floor(math.log10(abs(value)))))
-    if abs(value) < .0995: digits = 1 - math.floor(math.log10(abs(value)))
+    if abs(value) < .0995: digits = (abs(value) >= 1e-4) - math.floor(math.log10(abs(value)))
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 def measured(instrument: str, value: float, signed: bool = False, unit: bool = True) -> str:
@@ -46,7 +46,7 @@ def interval(instrument: str, low: float, high: float) -> str:
     if pd.isna(low): return "no interval: one item"
     return f"95% interval {measured(instrument, low, True, False)} to {measured(instrument, high, True, False)}"
 
-# %% ../nbs/67_wording.ipynb #13ac507f
+# %% ../nbs/67_wording.ipynb #169cc1e4
 def clause(row) -> str:
     "What happened to one instrument, with its uncertainty."
     kind, span = INSTRUMENTS[row.instrument], interval(row.instrument, row.low, row.high)
@@ -60,7 +60,7 @@ def clause(row) -> str:
     size = measured(row.instrument, abs(row.difference))
     return f"{kind.name} {way} by {size} (95% interval {low} to {high})"
 
-# %% ../nbs/67_wording.ipynb #b465fe78
+# %% ../nbs/67_wording.ipynb #a6a879f1
 CHOSEN = {"sci": "that Sign-Corrected Influence (SCI) calls most harmful",
           "taylor": "that signed Taylor calls most harmful", "magnitude": "of smallest magnitude",
           "random": "drawn at random", "mft": "that Mask Fine-Tuning (MFT) learned to switch off",
@@ -105,14 +105,16 @@ def answer(
 
 def yes_or_no(tests: pd.DataFrame, variants: list[str]) -> str:
     "The shortest honest answer for the masks in question."
-    found = [{verdict(r) for r in rows_against(tests, v)} for v in variants]
-    helped = [v for v, f in zip(variants, found, strict=True) if "helped" in f and "hurt" not in f]
-    mixed = any({"helped", "hurt"} <= f for f in found)
-    if helped: return "Yes" if len(helped) == len(variants) else f"Yes for {listed([short(v) for v in helped])}"
-    if mixed: return "It depends on the measure"
-    return "No" if any("hurt" in f for f in found) else "Nothing to be seen"
+    found = {v: [(verdict(r), INSTRUMENTS[r.instrument].name) for r in rows_against(tests, v)] for v in variants}
+    kinds = {v: {k for k, _ in f} for v, f in found.items()}
+    better = {v: [n for k, n in found[v] if k == "helped"] for v in variants if "hurt" not in kinds[v]}
+    parts = [f"{short(v)} {'by every measure' if len(n) == len(found[v]) else f'in {listed(n)} only'}"
+             for v, n in better.items() if n]
+    if parts: return f"Yes, {listed(parts)}"
+    if any({"helped", "hurt"} <= k for k in kinds.values()): return "It depends on the measure"
+    return "No" if any("hurt" in k for k in kinds.values()) else "Nothing to be seen"
 
-# %% ../nbs/67_wording.ipynb #86132fc3
+# %% ../nbs/67_wording.ipynb #90ad3f18
 def beside_chance(tests: pd.DataFrame, method: str) -> str:
     "How a mask compares with the random mask of the same size; empty when there is none."
     rows = rows_against(tests, method, "random")
@@ -122,7 +124,7 @@ def beside_chance(tests: pd.DataFrame, method: str) -> str:
              f"{measured(r.instrument, r.difference, True)}, {interval(r.instrument, r.low, r.high)})" for r in rows]
     return f"Against a random mask of the same size, the {short(method)} mask is {listed(parts)}."
 
-# %% ../nbs/67_wording.ipynb #d8317b24
+# %% ../nbs/67_wording.ipynb #59315267
 def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     "How many masks help, hurt or show no detectable difference on each instrument."
     parts = []
@@ -139,7 +141,7 @@ def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     n = len(tests[(tests.against == against) & tests.variant.isin(masks)].variant.unique())
     return f"Of {n} mask{'s' * (n != 1)} against {than}, after Holm's correction: {'; '.join(parts)}."
 
-# %% ../nbs/67_wording.ipynb #f647fc48
+# %% ../nbs/67_wording.ipynb #edb07a66
 def another_recipe(tests: pd.DataFrame, recipe: str) -> str:
     "What another way of fine-tuning does against plain full fine-tuning, in one sentence."
     rows, words = rows_against(tests, recipe), label(recipe)
