@@ -8,7 +8,7 @@ __all__ = ['INSTRUMENTS', 'ALPHA', 'POWER', 'Instrument', 'wilson', 'mcnemar_p',
            'tables_of', 'values_of', 'measured_by', 'value_row', 'difference_row', 'families', 'runs_of', 'all_values',
            'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #fb5e0f34
+# %% ../nbs/60_compare.ipynb #90b657ab
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from .gates import Learners
 from .scores import Methods
 from .study import Count, Seeds, StudyName, finished, open_stage, read_jsonl
 
-# %% ../nbs/60_compare.ipynb #776eeb45
+# %% ../nbs/60_compare.ipynb #b566a9a8
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -42,18 +42,18 @@ INSTRUMENTS = {
 }
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #85fa9f6b
+# %% ../nbs/60_compare.ipynb #6743b052
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #a3d9c9a6
+# %% ../nbs/60_compare.ipynb #99f81f48
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #c76f6fb8
+# %% ../nbs/60_compare.ipynb #9b14d2bd
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -66,7 +66,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #371aa834
+# %% ../nbs/60_compare.ipynb #79135a26
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -86,7 +86,7 @@ def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
     return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #1bf0c1ea
+# %% ../nbs/60_compare.ipynb #dc57a49c
 @lru_cache(maxsize=4)
 def resamples(n: int, draws: int, seed: int) -> np.ndarray:
     "How often each of n examples is drawn, for each resample: uint8 (draws x n)."
@@ -111,7 +111,7 @@ def bootstrap_mean(
     p = min(1., 2 * stats.t.cdf(stats.norm.ppf(min(tail, .5)) / wider, n - 1))
     return float(low), float(high), float(p), float(values.std(ddof=1) / n**.5)
 
-# %% ../nbs/60_compare.ipynb #d702c57f
+# %% ../nbs/60_compare.ipynb #a4942c4e
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -132,12 +132,12 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #14ced646
+# %% ../nbs/60_compare.ipynb #8e62bd5b
 def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
     "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
     return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
 
-# %% ../nbs/60_compare.ipynb #3e13a967
+# %% ../nbs/60_compare.ipynb #5138f36c
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
     p, order = np.asarray(p, float), np.argsort(p, kind="stable")
@@ -145,7 +145,7 @@ def holm(p: list[float]) -> list[float]:
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted.tolist()
 
-# %% ../nbs/60_compare.ipynb #b8ab7b49
+# %% ../nbs/60_compare.ipynb #8160f6f6
 def outcomes(
     study: str,
     variants: list[str],
@@ -186,7 +186,7 @@ def measured_by(tables: dict) -> list[str]:
     "The instruments that the study has, in their order."
     return [i for i in INSTRUMENTS if any(i == name for name, _ in tables)]
 
-# %% ../nbs/60_compare.ipynb #889b7d3e
+# %% ../nbs/60_compare.ipynb #0c3a749b
 def value_row(values: np.ndarray, binary: bool, draws: int) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table."
     S, n = values.shape
@@ -220,7 +220,7 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #41a40920
+# %% ../nbs/60_compare.ipynb #232937f0
 def families(recipes: list[str], masks: list[str]) -> list[tuple[str, list[str]]]:
     "What is tested against what: (reference, variants), the families within which Holm counts."
     found = [("fft", ["base", *recipes]), ("fft", masks)]
@@ -269,7 +269,7 @@ def all_flips(tables: dict, variants: list[str], seeds: list[int]) -> pd.DataFra
                  for task, x in change[change != 0].items()]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip"])
 
-# %% ../nbs/60_compare.ipynb #7911061d
+# %% ../nbs/60_compare.ipynb #ab400c13
 def compare(
     study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str], bootstrap_draws: int,
 ) -> Path:
