@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLE', 'KINDS', 'styled', 'save_figure', 'by_family', 'heights', 'family_titles', 'forest', 'forest_row',
            'runs_in_words', 'spread_out', 'symlog_ticks', 'flip_strip', 'scan_plot', 'until', 'against_prediction',
-           'from_zero', 'training_curve', 'across', 'one_log', 'level_lines']
+           'from_zero', 'training_curve', 'widen', 'across', 'one_log', 'level_lines']
 
-# %% ../nbs/65_figures.ipynb #7346c4cf
+# %% ../nbs/65_figures.ipynb #90ad0123
 from functools import wraps
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .compare import ALPHA, INSTRUMENTS
 from .influence import holds_until
 from .names import FAMILIES, colour, family, in_order, label, marker, short
 
-# %% ../nbs/65_figures.ipynb #5c652cc3
+# %% ../nbs/65_figures.ipynb #d4a51a9c
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
          "figure.constrained_layout.use": True, "figure.titlesize": 10}
@@ -33,7 +33,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #4e5ceaae
+# %% ../nbs/65_figures.ipynb #fb528dd6
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #f3752f98
+# %% ../nbs/65_figures.ipynb #c4986bbd
 def by_family(tests: pd.DataFrame, variants: list[str]) -> list[str]:
     "Variants by family, within a family from the lowest loss to the highest."
     first = next(i for i in INSTRUMENTS if (tests.instrument == i).any())
@@ -130,7 +130,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #7d0d071f
+# %% ../nbs/65_figures.ipynb #efc5e218
 KINDS = (("gained", "^", "#0173b2"), ("lost", "v", "#d55e00"))
 
 @styled
@@ -164,7 +164,7 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../nbs/65_figures.ipynb #e512c9cf
+# %% ../nbs/65_figures.ipynb #9ae2d70c
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -221,7 +221,7 @@ def from_zero(axes, every: pd.DataFrame) -> None:
         ax.set_ylim(min(0, both.min() * 2), max(unit, both.max() * 2))
         ax.minorticks_off()
 
-# %% ../nbs/65_figures.ipynb #dd95a5fc
+# %% ../nbs/65_figures.ipynb #f4debdcd
 @styled
 def training_curve(
     logs: dict[tuple[str, int], pd.DataFrame],  # (recipe or learner, seed) -> log: step, tokens, loss, eval_loss
@@ -243,12 +243,23 @@ def training_curve(
     if both:
         axes[0][1].set_title("from the fine-tuned checkpoint")
         level_lines(axes[0][1], levels or {})
+        widen(axes[0][1])
     for ax in axes[0]: ax.legend(loc="upper right" if ax is first else "upper left",
                                  bbox_to_anchor=None if ax is first else (1, 1), fontsize=7.5)
     seeds = sorted({s for _, s in logs})
     figure.suptitle(f"{study}: loss over training, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", x=.01,
                     ha="left")
     return figure
+
+def widen(ax) -> None:
+    "A logarithmic loss axis when a broken model would hide the differences between the others."
+    low, high = ax.dataLim.intervaly
+    if low <= 0 or high < 4 * low: return
+    ax.set_yscale("log")
+    ticks = [t for t in (.1, .2, .5, 1, 2, 5, 10, 20) if low / 1.5 < t < high * 1.5]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(low / 1.05, high * 1.05)
 
 def across(log: pd.DataFrame) -> str:
     "What training is measured in."

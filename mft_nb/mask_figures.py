@@ -6,7 +6,7 @@
 __all__ = ['places', 'score_distributions', 'block_density', 'mask_map', 'top_tenth', 'concentration', 'mask_concentration',
            'overlaps', 'overlap_map', 'learning_path']
 
-# %% ../nbs/66_mask_figures.ipynb #9b7e6eab
+# %% ../nbs/66_mask_figures.ipynb #037a1144
 import json
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .figures import styled
 from .mask import Mask
 from .names import colour, in_order, marker, short
 
-# %% ../nbs/66_mask_figures.ipynb #e45163a4
+# %% ../nbs/66_mask_figures.ipynb #cbad6436
 def places(names) -> pd.DataFrame:
     "Layer and role of weight matrices, from their names in the checkpoint; index: the names."
     rows = []
@@ -68,7 +68,7 @@ def score_distributions(
                     x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #5560e23a
+# %% ../nbs/66_mask_figures.ipynb #12008ab4
 def block_density(
     mask: torch.Tensor,  # bool (outputs, inputs)
     blocks: int = 24,  # at most this many on each side, of 8 lines or more
@@ -105,7 +105,7 @@ def mask_map(mask: Mask, method: str, study: str, seed: int) -> Figure:
                     "across: inputs)", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #524a9e70
+# %% ../nbs/66_mask_figures.ipynb #0ed8a093
 def top_tenth(counts: np.ndarray) -> float:
     "Share of the total that the largest tenth of the counts (at least one) holds; NaN when there is none."
     k = max(1, round(len(counts) / 10))
@@ -134,7 +134,7 @@ def mask_concentration(found: dict[str, pd.DataFrame], study: str, seed: int) ->
     figure.suptitle(f"{study}, seed {seed}: is a mask spread out (10%) or concentrated?", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #0f30a2c8
+# %% ../nbs/66_mask_figures.ipynb #cf039ace
 def overlaps(files: dict[str, Path]) -> pd.DataFrame:
     """Jaccard similarity of each pair of mask files, and what independent masks with the same counts in each matrix
     would have (ratio of expectations): columns a, b, jaccard, chance. Reads one matrix at a time."""
@@ -155,7 +155,7 @@ def overlaps(files: dict[str, Path]) -> pd.DataFrame:
     return pd.DataFrame([dict(a=names[i], b=names[j], jaccard=found[i, j], chance=expected[i, j])
                          for i, j in zip(*np.triu_indices(n), strict=True)])
 
-# %% ../nbs/66_mask_figures.ipynb #ef720272
+# %% ../nbs/66_mask_figures.ipynb #f0613d5a
 @styled
 def overlap_map(
     found: pd.DataFrame,  # of `overlaps`; a and b may be the same variant: two of its seeds
@@ -186,7 +186,7 @@ def overlap_map(
                  + ("\ndiagonal: the same method on two seeds" if seeds else ""))
     return figure
 
-# %% ../nbs/66_mask_figures.ipynb #a13b0fd0
+# %% ../nbs/66_mask_figures.ipynb #9e9a515b
 @styled
 def learning_path(
     paths: dict[tuple[str, int], pd.DataFrame],  # (learner, seed) -> path.csv: step, overlap, masked, ...
@@ -211,7 +211,7 @@ def learning_path(
     for y, v in enumerate(reversed(learners)):
         right.barh(y, mean(v, "could_flip"), color=colour(v), alpha=.3, height=.62)
         right.barh(y, mean(v, "ever_flipped"), color=colour(v), height=.3)
-        right.annotate(f" {mean(v, 'could_flip'):.2g} / {mean(v, 'ever_flipped'):.2g}",
+        right.annotate(f" {mean(v, 'could_flip'):.3g} / {mean(v, 'ever_flipped'):.2g}",
                        (max(mean(v, "could_flip"), mean(v, "ever_flipped")), y), va="center", fontsize=7.5)
     right.set(yticks=range(len(learners)), yticklabels=[short(v) for v in reversed(learners)], xlim=(0, 118),
               ylim=(-.6, max(2., len(learners) - .4)),
