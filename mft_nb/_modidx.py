@@ -423,6 +423,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mft_nb.sections.kept_start': ('sections.html#kept_start', 'mft_nb/sections.py'),
                                  'mft_nb.sections.landscape': ('sections.html#landscape', 'mft_nb/sections.py'),
                                  'mft_nb.sections.learned': ('sections.html#learned', 'mft_nb/sections.py'),
+                                 'mft_nb.sections.merging': ('sections.html#merging', 'mft_nb/sections.py'),
                                  'mft_nb.sections.own_best': ('sections.html#own_best', 'mft_nb/sections.py'),
                                  'mft_nb.sections.scan_line': ('sections.html#scan_line', 'mft_nb/sections.py'),
                                  'mft_nb.sections.starred': ('sections.html#starred', 'mft_nb/sections.py'),
