@@ -1,6 +1,5 @@
 "Numbers that cross modules: other model families, other implementations, finite differences, interrupted training."
 import copy
-import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -22,12 +21,11 @@ from mft_nb.apply_mask import write_masked
 from mft_nb.chat import IGNORED, encode_rows
 from mft_nb.device import inference, pick_device
 from mft_nb.evaluate import reference_chat
-from mft_nb.generate import generate_batch
 from mft_nb.humaneval import extract_code, load_humaneval, score
 from mft_nb.influence import from_layer
 from mft_nb.loss import collate, evaluate_losses, example_losses, head_is_plain, label_losses
 from mft_nb.mask import Mask, apply_mask, load_mask, save_mask
-from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band, tiny_tokenizer
+from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
 from mft_nb.scores import METHODS, Evidence, collect, evidence_of, scores_of, whole_gradient
 from mft_nb.study import read_jsonl
 from mft_nb.train import ChatTrainer, MasterAdamW, last_checkpoint, make_trainer
@@ -89,62 +87,6 @@ def test_losses_do_not_depend_on_the_batch(family):
     with torch.no_grad(): alone = [model(**collate([r], 0, multiple=1)).loss.item() for r in rows]
     for batch_size in (1, 3, 16):
         assert evaluate_losses(model, rows, 0, CPU, batch_size) == pytest.approx(alone, rel=1e-5)
-
-
-# --- generation ------------------------------------------------------------------------------------------------------
-
-ENDS = [2, *range(3, 259, 12)]  # so many end tokens that rows leave the batch at different times
-
-
-def ending_model(family):
-    model = random_model(family, tie_word_embeddings=False)  # a tied random model repeats its last token for ever
-    model.generation_config.eos_token_id = ENDS
-    return model
-
-
-@pytest.fixture(scope="module")
-def plain_answers():
-    "Answers of transformers' own `generate`, prompt by prompt, without padding; cut at the end token."
-    @functools.cache
-    def of(family, new):
-        model, found = ending_model(family), []
-        for p in PROMPTS:
-            whole = model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long),
-                                   max_new_tokens=new, do_sample=False, pad_token_id=0)[0, len(p):].tolist()
-            end = next((i for i, token in enumerate(whole) if token in ENDS), len(whole))
-            found.append(whole[:end])
-        return found
-    return of
-
-
-PROMPTS = [torch.randint(3, 259, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-           for n in (3, 31, 8, 8, 19, 1, 44, 12, 27, 5)]
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_generation_is_that_of_transformers(family, batch_size, plain_answers):
-    model, tokenizer, new = ending_model(family), tiny_tokenizer(), 90
-    wanted = plain_answers(family, new)
-    assert len({len(w) for w in wanted}) > 2, "rows do not leave at different times"
-    got = []
-    for s in range(0, len(PROMPTS), batch_size):
-        got += generate_batch(model, tokenizer, PROMPTS[s:s + batch_size], new, CPU)
-    assert got == wanted
-
-
-def test_a_row_that_is_called_finished_leaves_and_the_others_do_not_notice():
-    model, tokenizer = random_model("llama"), tiny_tokenizer()
-    whole = generate_batch(model, tokenizer, PROMPTS, 40, CPU)
-    stop = {1: 8, 4: 16}
-    asked = {}
-
-    def finished(row, text):
-        asked[row] = asked.get(row, 0) + 4
-        return row in stop and asked[row] >= stop[row]
-
-    some = generate_batch(model, tokenizer, PROMPTS, 40, CPU, finished, check_every=4)
-    assert [s for i, s in enumerate(some) if i not in stop] == [w for i, w in enumerate(whole) if i not in stop]
-    assert all(some[i] == whole[i][:n] for i, n in stop.items())
 
 
 # --- from_layer ------------------------------------------------------------------------------------------------------
