@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'LONG', 'SHORT', 'SHARE', 'COMMON', 'MATH', 'BENCHMARKS', 'H
            'row_words', 'runs', 'Benchmarks', 'benchmark_of', 'humaneval_texts', 'Benchmark', 'benchmark_texts',
            'hub_records', 'benchmarks', 'task_file', 'files_of']
 
-# %% ../nbs/10_contamination.ipynb #64fc4dd9
+# %% ../nbs/10_contamination.ipynb #083729d1
 import gzip
 import json
 import re
@@ -21,7 +21,7 @@ from .parts import part
 from .sources import Hub, all_different, reach_hub, read_records, source_file
 from .study import file_or_empty
 
-# %% ../nbs/10_contamination.ipynb #399d2f62
+# %% ../nbs/10_contamination.ipynb #70ff09ad
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+")
 
 
@@ -34,7 +34,7 @@ def row_words(row: dict) -> list[str]:
     "Words of all turns of a chat, without the sentence that every request for code begins with."
     return words("\n".join(m["content"].replace(REQUEST, "") for m in row["messages"]))
 
-# %% ../nbs/10_contamination.ipynb #136e780a
+# %% ../nbs/10_contamination.ipynb #93fd1b88
 LONG, SHORT, SHARE, COMMON = 13, 8, 0.5, 3
 
 
@@ -69,7 +69,8 @@ class Benchmarks:
         shared = Counter(problem for run in runs(w, SHORT) for problem in self.short.get(run, ()))
         for problem, n in sorted(shared.items()):
             if n >= SHARE * self.sizes[problem]:
-                found.setdefault(benchmark_of(problem), (problem, f"{n} of {self.sizes[problem]} runs of {SHORT} words"))
+                evidence = f"{n} of {self.sizes[problem]} runs of {SHORT} words"
+                found.setdefault(benchmark_of(problem), (problem, evidence))
         for run in sorted(runs(w, LONG) & self.long.keys()):
             by_benchmark = Counter(map(benchmark_of, self.long[run]))
             for problem in self.long[run]:
@@ -90,13 +91,13 @@ def benchmark_of(problem: str) -> str:
     "HumanEval/12 is of HumanEval."
     return problem.partition("/")[0]
 
-# %% ../nbs/10_contamination.ipynb #e12c0e09
+# %% ../nbs/10_contamination.ipynb #3a815fa2
 def humaneval_texts() -> dict[str, str]:  # name -> prompt and canonical solution
     "Problems of HumanEval, from the embedded part."
     problems = map(json.loads, gzip.decompress(part("humaneval").read_bytes()).splitlines())
     return {p["task_id"]: p["prompt"] + p["canonical_solution"] for p in problems}
 
-# %% ../nbs/10_contamination.ipynb #a049ee6c
+# %% ../nbs/10_contamination.ipynb #42439c13
 class Benchmark(NamedTuple):
     "A benchmark as records."
     name: str  # in the data card
@@ -145,7 +146,7 @@ def hub_records(benchmark: Benchmark):
     rows = (row for c in benchmark.configurations for row in load_dataset(benchmark.hub, c, split=benchmark.split))
     return enumerate(rows, 1)
 
-# %% ../nbs/10_contamination.ipynb #e953c840
+# %% ../nbs/10_contamination.ipynb #16b89e0e
 def benchmarks(
     files: dict[str, str],  # key of `BENCHMARKS` -> file, or empty for the hub
 ) -> tuple[Benchmarks, dict[str, str]]:  # the index; benchmark -> what was checked
@@ -171,7 +172,7 @@ def benchmarks(
         index.add(problem, text)
     return index, checked
 
-# %% ../nbs/10_contamination.ipynb #6867b271
+# %% ../nbs/10_contamination.ipynb #3385b68a
 HarnessTasks = Annotated[list[Literal["gsm8k", "math", "ifeval"]], AfterValidator(all_different)]
 
 
@@ -194,5 +195,6 @@ def files_of(
     "Where the problems of each task come from; raises ValueError for a file of a task that is not asked for."
     files = dict(entry.split("=", 1) for entry in entries)
     if odd := files.keys() - set(tasks):
-        raise ValueError(f"harness_files: {', '.join(sorted(odd))} is not in harness_tasks ({', '.join(tasks) or 'none'})")
+        raise ValueError(f"harness_files: {', '.join(sorted(odd))} is not in harness_tasks "
+                         f"({', '.join(tasks) or 'none'})")
     return {task: files.get(task, "") for task in tasks}

@@ -7,7 +7,7 @@ __all__ = ['Answers', 'Quotas', 'Domains', 'BLOCK', 'SHINGLE', 'NEAR', 'quota', 
            'quality', 'shingles', 'jaccard', 'Twin', 'Twins', 'without_twins', 'ordered', 'split_rows', 'fit_rows',
            'domain_split', 'check', 'Clean', 'clean_rows', 'card_of', 'markdown_table', 'card_markdown', 'prepare_data']
 
-# %% ../nbs/10_data.ipynb #72c64055
+# %% ../nbs/10_data.ipynb #2a39dc99
 import ast
 import hashlib
 import re
@@ -35,7 +35,7 @@ from mft_nb.study import (
     Count, OptionalFile, Seed, StudyName, checked, hash_of, open_stage, progress, sha256, write_json, write_jsonl,
 )
 
-# %% ../nbs/10_data.ipynb #b3ffa74a
+# %% ../nbs/10_data.ipynb #81839675
 Answers = Literal["any", "python"]
 
 
@@ -65,7 +65,7 @@ def named_once(entries: list[str]) -> list[str]:
 Quotas = list[Annotated[str, AfterValidator(quota)]]
 Domains = Annotated[list[Annotated[str, AfterValidator(domain)]], AfterValidator(named_once)]
 
-# %% ../nbs/10_data.ipynb #9473f6e8
+# %% ../nbs/10_data.ipynb #58eafcb6
 BLOCK = re.compile(r"```(?:python|py)\n(.*?)```", re.DOTALL)
 
 
@@ -108,7 +108,7 @@ def quality(
         raise ValueError("Python block does not compile")
     return row
 
-# %% ../nbs/10_data.ipynb #16c3c683
+# %% ../nbs/10_data.ipynb #49128f57
 SHINGLE = 5  # words
 NEAR = 0.7  # Jaccard similarity from which two rows count as one
 
@@ -126,7 +126,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
-# %% ../nbs/10_data.ipynb #aeb56501
+# %% ../nbs/10_data.ipynb #68f919f1
 class Twin(NamedTuple):
     "A row that was dropped for one that came before."
     row: str  # id
@@ -170,7 +170,7 @@ def without_twins(
             bar.update(1)
     return kept, twins
 
-# %% ../nbs/10_data.ipynb #330efeb0
+# %% ../nbs/10_data.ipynb #03eb8c94
 def ordered(rows: list[dict], salt: str) -> list[dict]:
     "Rows in a random order that depends on the salt and each row's own id only."
     return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}/{row['id']}".encode()).digest())
@@ -201,7 +201,7 @@ def split_rows(
             + ". Lower the quotas, raise max_characters or choose other sources")
     return {split: ordered(found, f"{seed}/{split}") for split, found in splits.items()}
 
-# %% ../nbs/10_data.ipynb #97c53c7d
+# %% ../nbs/10_data.ipynb #2106cb84
 def fit_rows(
     loaded, answers: Answers, shortest: int, longest: int,
 ) -> tuple[list[dict], Counter]:  # rows; reason -> records refused
@@ -229,9 +229,10 @@ def domain_split(
         rows, twins = (rows, twins + 1) if taken.add(row) else ([*rows, row], twins)
     if len(rows) < n:
         raise ValueError(f"domains: {name} has {len(rows)} clean rows, domain_rows asks for {n}")
-    return rows, {"source": source, "rows": n, "fit": len(fit), "twins": twins, "refused": dict(refused), **loaded.facts}
+    return rows, {"source": source, "rows": n, "fit": len(fit), "twins": twins, "refused": dict(refused),
+                  **loaded.facts}
 
-# %% ../nbs/10_data.ipynb #75d2d2c8
+# %% ../nbs/10_data.ipynb #1434d194
 def check(params: dict) -> None:
     "Refuse what can be known before work starts: sources, files, limits, the embedded part. Raises ValueError."
     if params["min_characters"] >= params["max_characters"]:
@@ -259,7 +260,7 @@ def check(params: dict) -> None:
         except ValueError as e:
             raise ValueError(f"{'mbpp' if key == 'mbpp' else 'harness_files'}: {e}") from None
 
-# %% ../nbs/10_data.ipynb #241d52ab
+# %% ../nbs/10_data.ipynb #11d2243e
 class Clean(NamedTuple):
     "Rows that may be used, and what happened to the others."
     rows: list[dict]
@@ -297,7 +298,7 @@ def clean_rows(
                     for row, found in hits.items() for problem, evidence in found.values()]
     return Clean(single, counts, reasons, examples, facts, twins, contaminated)
 
-# %% ../nbs/10_data.ipynb #42bebb9d
+# %% ../nbs/10_data.ipynb #48cfbbff
 def card_of(
     study: str, clean: Clean,
     checked: dict[str, str],  # benchmark -> what was checked
@@ -311,12 +312,13 @@ def card_of(
     hit = Counter(benchmark_of(c["problem"]) for c in clean.contaminated)
     return {"study": study, "sources": clean.facts, "counts": counts, "refused": clean.reasons,
             "refused_examples": clean.examples, "checked": checked, "contaminated": clean.contaminated,
-            "contaminated_by": {b: hit[b] for b, how in checked.items() if "NOT CHECKED" not in how}, "domains": domains,
+            "contaminated_by": {b: hit[b] for b, how in checked.items() if "NOT CHECKED" not in how},
+            "domains": domains,
             "twins": {"exact": exact, "near": len(clean.twins) - exact, "all": [t._asdict() for t in clean.twins]},
             "hashes": {s: hash_of([row for row in clean.rows if row["source"] == s]) for s in counts},
             "example": min(splits["train"], key=lambda row: len(str(row["messages"])))}
 
-# %% ../nbs/10_data.ipynb #f4202667
+# %% ../nbs/10_data.ipynb #e75058de
 def markdown_table(head: list[str], rows: list[list]) -> str:
     "A Markdown table."
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
@@ -342,15 +344,15 @@ def card_markdown(card: dict) -> str:
         "## Contamination",
         markdown_table(["benchmark", "checked against", "rows that overlap"],
                        [[b, how, card["contaminated_by"].get(b, "unknown")] for b, how in card["checked"].items()]),
-        f"{len({c['row'] for c in card['contaminated']})} rows were removed: a shared run of {LONG} words, {SHARE:.0%} of "
-        f"a problem's runs of {SHORT} words, or all of a shorter problem. The first 20:",
+        f"{len({c['row'] for c in card['contaminated']})} rows were removed: a shared run of {LONG} words, {SHARE:.0%} "
+        f"of a problem's runs of {SHORT} words, or all of a shorter problem. The first 20:",
         markdown_table(["row", "problem", "evidence"], hits) if hits else "none",
         "## Other domains, only to measure the loss", markdown_table(
             ["domain", "source", "rows", "licence", "near twins of training rows left out"],
             [[name, d["source"], d["rows"], d["licence"], d["twins"]] for name, d in card["domains"].items()]),
         "## One training row", *(f"**{m['role']}**\n\n{m['content']}" for m in card["example"]["messages"]), ""])
 
-# %% ../nbs/10_data.ipynb #ef3943fb
+# %% ../nbs/10_data.ipynb #77e9bd76
 @checked
 def prepare_data(
     study: StudyName, sources: Sources,
@@ -378,7 +380,8 @@ def prepare_data(
         for row in (row for rows in splits.values() for row in rows if domains):
             taken.add(row)
         for name, source in named.items():
-            rows, about[name] = domain_split(name, source, domain_rows, min_characters, max_characters, data_seed, taken)
+            rows, about[name] = domain_split(name, source, domain_rows, min_characters, max_characters, data_seed,
+                                             taken)
             write_jsonl(stage.work / f"domain-{name}.jsonl", rows)
         for split, rows in splits.items():
             write_jsonl(stage.work / f"{split}.jsonl", rows)

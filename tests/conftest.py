@@ -21,7 +21,7 @@ SMALL = dict(train_per_source=4, gradient_per_source=6, validation_per_source=3,
              scan_examples=6, problems=3, max_new_tokens=12, generation_batch_size=1, bootstrap_draws=1000,
              learners=["mft"], sweep_points=2, sweep_bands=["0-1"], sweep_fractions=[.5], sweep_methods=["sci"],
              sweep_examples=3, truth_weights=6, truth_groups=4, truth_examples=3, surface_points=3,
-             surface_examples=3)
+             surface_examples=3, domains=["help=package:python-topics"], domain_rows=3)
 
 
 @pytest.fixture(autouse=True)

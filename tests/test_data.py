@@ -21,13 +21,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mft_nb import chat, data, functions, sources
-from mft_nb.data import Benchmarks, check, jaccard, prepare_data, quality, shingles, split_rows, without_twins
+from mft_nb.contamination import BENCHMARKS, Benchmarks, benchmark_texts, humaneval_texts, words
+from mft_nb.data import check, jaccard, prepare_data, quality, shingles, split_rows, without_twins
 from mft_nb.sources import Hub, check_source, load_source, reach_hub, read_records, source_known
 from mft_nb.study import check_parameters, declared, project_root, read_json, read_jsonl
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 DEFAULTS = dict(sources=["package:mpmath"], train_per_source=6, gradient_per_source=3, validation_per_source=4,
-                min_characters=80, max_characters=800, answers="any", mbpp="", data_seed=0)
+                min_characters=80, max_characters=800, answers="any", mbpp="", data_seed=0, train_quotas=[], domains=[],
+                domain_rows=3, harness_tasks=[], harness_files=[])
 
 
 def shared(name):
@@ -53,6 +55,9 @@ SCHEMAS = {
     "question/answer": lambda q, a: {"question": q, "answer": a},
     "query/response": lambda q, a: {"query": q, "response": a},
     "query/answer": lambda q, a: {"query": q, "answer": a},
+    "prompt/response": lambda q, a: {"prompt": q, "response": a, "category": "x"},  # coconot
+    "problem/solution": lambda q, a: {"problem": q, "solution": a, "type": "Algebra"},  # MATH
+    "inputs/targets": lambda q, a: {"inputs": q, "targets": a, "language": "x"},  # aya
     "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
     "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
 }
@@ -111,6 +116,56 @@ def test_a_system_turn_and_several_turns_are_kept():
     assert [m["role"] for m in sources.turns_of([{"role": r, "content": "x"} for r in roles])] == roles
 
 
+# --- the layouts of the paper's mixes, as their cards describe them -------------------------------------------------
+
+def said(name, parent, role, text, rank=None, deleted=False):
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en",
+            "deleted": deleted, "message_tree_id": "t", "synthetic": False}
+
+
+def test_a_tree_of_messages_becomes_its_best_conversation(tmp_path):
+    tree = [said("q", None, "prompter", "Q"), said("a2", "q", "assistant", "worse", 1),
+            said("a1", "q", "assistant", "better", 0), said("a0", "q", "assistant", "gone", 0, deleted=True),
+            said("p", "a1", "prompter", "and?"), said("p2", "a2", "prompter", "not this"),
+            said("a", "p", "assistant", "so"),
+            said("end", "a", "prompter", "thanks"), said("lone", None, "prompter", "nobody answered")]
+    random = tree[3:] + tree[:3]
+    loaded = load_source(write(tmp_path / "oasst.jsonl", random))
+    assert loaded.facts["schema"] == "tree of messages" and loaded.refused == {
+        "turns do not alternate from user to a last answer": 1}
+    assert [[m["content"] for m in r["messages"]] for r in loaded.rows] == [["Q", "better", "and?", "so"]]
+    assert [m["role"] for m in loaded.rows[0]["messages"]] == ["user", "assistant"] * 2
+
+
+def test_a_system_column_and_capital_roles_are_understood(tmp_path):
+    record = {"system": "Be kind.", "mask": "User", "conversations": [
+        {"from": "User", "value": "hi", "label": None}, {"from": "Assistant", "value": "hello", "label": "quality:4"}]}
+    rows = load_source(write(tmp_path / "anteater.jsonl", [record, record | {"system": ""}])).rows
+    assert [" ".join(m["role"] for m in r["messages"]) for r in rows] == ["system user assistant", "user assistant"]
+
+
+def test_numinamath_and_personas_are_read_by_their_messages(tmp_path):
+    turns = SCHEMAS["messages"]("q", "a")
+    for more in ({"problem": "p", "solution": "s", "source": "x"}, {"prompt": "p", "constraints": ["c"], "id": "1"}):
+        loaded = load_source(write(tmp_path / "x.jsonl", [turns | more]))
+        assert loaded.facts["schema"] == "messages" and loaded.rows[0]["messages"][1]["content"] == "a"
+
+
+def test_a_configuration_reaches_the_hub(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", Mock(return_value=Mock(sha="abc", card_data=None)))
+    load = Mock(return_value=[SCHEMAS["prompt/response"](q, a) for q, a in TURNS])
+    monkeypatch.setattr("datasets.load_dataset", load)
+    load_source("hub:allenai/coconot:original@main#test")
+    load.assert_called_once_with("allenai/coconot", "original", revision="main", split="test")
+
+
+def test_topics_of_the_help_are_questions_and_prose():
+    rows = load_source("package:python-topics").rows
+    assert len(rows) > 250 and not any("```" in m["content"] for r in rows for m in r["messages"])
+    answer = next(r["messages"][1]["content"] for r in rows if "`str.capitalize()`" in r["messages"][0]["content"])
+    assert answer.startswith("Return a copy of the string with its first character capitalized")
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -163,7 +218,14 @@ def test_a_listed_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
     ({"sources": ["package:mpmath"] * 2}, "named twice: package:mpmath"), ({"sources": "package:mpmath"}, "list"),
     ({"train_per_source": 0}, "greater than 0"), ({"train_per_source": "5"}, "valid integer"),
     ({"answers": "pyton"}, "'any' or 'python'"), ({"mbpp": "nowhere.jsonl"}, "no such file"),
-    ({"train_per_sorce": 5}, "allowed keys: answers, data_seed")])
+    ({"train_quotas": ["package:mpmath"]}, "allowed is source=rows"), ({"train_quotas": ["a=0"]}, "allowed is source="),
+    ({"domains": ["package:mpmath"]}, "allowed is name=source"), ({"domains": ["a=b.txt"]}, "is no source"),
+    ({"domains": ["A b=package:mpmath"]}, "allowed is name=source"), ({"domain_rows": 0}, "greater than 0"),
+    ({"domains": ["a=package:mpmath", "a=package:numpy"]}, "named twice: a"),
+    ({"harness_tasks": ["gsm9k"]}, "'gsm8k', 'math' or 'ifeval'"),
+    ({"harness_files": ["gsm8k"]}, "allowed is task=path"),
+    ({"harness_files": ["gsm8k=nowhere.jsonl"]}, "no such file"),
+    ({"train_per_sorce": 5}, "allowed keys: answers, data_seed, domain_rows, domains")])
 def test_the_study_file_is_refused_with_key_and_allowed_values(given, message):
     known = declared(project_root() / "nbs" / "10_data.ipynb")
     with pytest.raises(ValueError, match=message) as e:
@@ -174,6 +236,22 @@ def test_the_study_file_is_refused_with_key_and_allowed_values(given, message):
 def test_limits_that_leave_nothing_are_refused():
     with pytest.raises(ValueError, match="min_characters: found 900, allowed is less than max_characters"):
         check({**DEFAULTS, "min_characters": 900})
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"train_quotas": ["package:numpy=4"]}, "train_quotas: package:numpy=4 is none of sources"),
+    ({"train_quotas": ["package:mpmath=4", "package:mpmath=5"]}, "named twice: package:mpmath"),
+    ({"domains": ["same=package:mpmath"]}, "domains: package:mpmath is one of sources"),
+    ({"harness_files": ["gsm8k=README.md"]}, "harness_files: gsm8k is not in harness_tasks")])
+def test_combinations_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        check({**DEFAULTS, **given})
+
+
+def test_a_wrong_benchmark_file_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match="harness_files: .*record 1: no GSM8K problem; allowed are objects with ans"):
+        check({**DEFAULTS, "harness_tasks": ["gsm8k"], "harness_files": [f"gsm8k={path}"]})
 
 
 def test_a_wrong_mbpp_file_is_refused(tmp_path):
@@ -393,24 +471,55 @@ def test_spacing_case_and_punctuation_make_no_new_row():
 @pytest.fixture(scope="module")
 def humaneval():
     index = Benchmarks()
-    for problem, problem_text in data.humaneval_texts().items():
+    for problem, problem_text in humaneval_texts().items():
         index.add(problem, problem_text)
     return index
 
 
 def test_every_humaneval_problem_is_found(humaneval):
-    for problem, problem_text in data.humaneval_texts().items():
-        assert humaneval.match(row(f"Sure! Here it is:\n{problem_text}", "x")), problem
+    for problem, problem_text in humaneval_texts().items():
+        assert humaneval.match_row(row(f"Sure! Here it is:\n{problem_text}", "x")), problem
 
 
 def test_every_mbpp_problem_is_found_and_gsm8k_is_not_code(humaneval):
-    texts = data.mbpp_texts(read_records(Path(shared("mbpp/mbpp.jsonl"))), "mbpp")
+    texts = benchmark_texts(BENCHMARKS["mbpp"], read_records(Path(shared("mbpp/mbpp.jsonl"))), "mbpp")
     index = Benchmarks()
     for problem, problem_text in texts.items():
         index.add(problem, problem_text)
-    assert len(texts) == 974 and all(index.match(row(problem_text, "x")) for problem_text in texts.values())
+    assert len(texts) == 974 and all(index.match_row(row(problem_text, "x")) for problem_text in texts.values())
     gsm8k = load_source(shared("gsm8k/test.jsonl")).rows[:300]
-    assert sum(index.match(r) is not None for r in gsm8k) == 0
+    assert not any(index.match_row(r) for r in gsm8k)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=13, max_size=60), st.lists(st.sampled_from("abcd"), max_size=60))
+def test_a_match_is_the_definition(problem, text):
+    "Against the rule written down a second time, without indices."
+    grams = lambda w, n: {tuple(w[i:i + n]) for i in range(len(w) - n + 1)}
+    index = Benchmarks()
+    index.add("x/1", " ".join(problem))
+    short = grams(problem, 8)
+    wanted = bool(grams(problem, 13) & grams(text, 13)) or 2 * len(short & grams(text, 8)) >= len(short)
+    assert (index.match_text(" ".join(text)) is not None) == wanted
+
+
+def test_words_of_other_scripts_are_words():
+    texts = ["Столица Франции - Париж, а Германии - Берлин", "फ्रांस की राजधानी पेरिस है", "法国的首都是巴黎",
+             "عاصمة فرنسا هي باريس"]
+    assert all(len(words(t)) >= 4 for t in texts)
+    rows = [row(t, str(i)) for i, t in enumerate(texts)]
+    assert without_twins(rows) == (rows, []), "rows in other scripts are no twins of each other"
+
+
+@pytest.mark.parametrize("task, file, field", [("gsm8k", "gsm8k/test.jsonl", "question"),
+                                               ("ifeval", "ifeval/input_data.jsonl", "prompt")])
+def test_every_problem_of_the_other_benchmarks_is_found(task, file, field):
+    records = list(read_records(Path(shared(file))))
+    index = Benchmarks()
+    for name, problem_text in benchmark_texts(BENCHMARKS[task], records, file).items(): index.add(name, problem_text)
+    missed = [r[field] for _, r in records if index.match_text(f"Please help me. {r[field]} Thanks!") is None]
+    assert len(missed) <= 0.01 * len(records), missed
+    train = load_source(shared("codealpaca/code_alpaca_2k.json")).rows
+    assert sum(bool(index.match_row(r)) for r in train) <= 2
 
 
 @given(st.dictionaries(st.sampled_from("abc"), st.integers(9, 30), min_size=1), st.integers(0, 5))
@@ -420,6 +529,19 @@ def test_quotas_are_exact_and_splits_disjoint(sizes, seed):
     for split, n in {"validation": 2, "gradient": 3, "train": 4}.items():
         assert Counter(r["source"] for r in splits[split]) == dict.fromkeys(sizes, n)
     assert len({r["id"] for part in splits.values() for r in part}) == 9 * len(sizes)
+
+
+@given(st.integers(1, 9), st.integers(0, 5))
+def test_a_quota_of_its_own_changes_that_source_only(n, seed):
+    rows = [row("x", f"{source}{i}", source) for source in "ab" for i in range(20)]
+    quotas = {"validation": 2, "gradient": 3, "train": 4}
+    plain, mixed = (split_rows(rows, quotas, ["a", "b"], seed, own) for own in (None, {"b": n}))
+    of = lambda splits, split, source: [r["id"] for r in splits[split] if r["source"] == source]
+    for split in quotas: assert of(plain, split, "a") == of(mixed, split, "a")
+    assert of(mixed, "validation", "b") == of(plain, "validation", "b") and len(of(mixed, "train", "b")) == n
+    assert set(of(mixed, "train", "b")[:4]) <= {f"b{i}" for i in range(20)} - set(of(mixed, "gradient", "b"))
+    with pytest.raises(ValueError, match=r"2 validation \+ 3 gradient \+ 16 train = 21 of each source: b has 20"):
+        split_rows(rows, quotas, ["a", "b"], seed, {"b": 16})
 
 
 def test_sources_of_any_size_are_mixed_evenly_within_a_split():
@@ -444,7 +566,7 @@ def plain_records(n):
 
 
 def test_planted_twins_and_benchmark_problems_do_not_reach_any_split(tmp_path):
-    solution = next(iter(data.humaneval_texts().values()))
+    solution = next(iter(humaneval_texts().values()))
     records = [{"prompt": f"Question {i}: explain the number {i} and its neighbours {i - 1} and {i + 1} in the tale of "
                           f"{'abcdefghij'[i % 10] * 3} {i * i}", "completion": f"Answer {i * 7} then {i * 11}"}
                for i in range(30)]
@@ -458,6 +580,50 @@ def test_planted_twins_and_benchmark_problems_do_not_reach_any_split(tmp_path):
     assert [(t["row"], t["kept"]) for t in card["twins"]["all"]] == [(f"{two[1]}/16", f"{two[0]}/1")]
     assert "NOT CHECKED" in card["checked"]["MBPP"] and "NOT CHECKED" in (folder / "card.md").read_text()
     assert {c["clean"] for c in card["counts"].values()} == {15}
+
+
+def test_every_benchmark_of_the_study_is_checked_and_counted(tmp_path):
+    "One planted problem of each; the counts and the evidence stand in the card."
+    problems = {
+        "gsm8k": {"question": "Ada bakes 12 trays of 9 rolls each and sells two thirds of them at the fair before "
+                              "noon. How many are left?", "answer": "12 * 9 = 108, 108 / 3 = 36\n#### 36"},
+        "math": {"problem": "Let $f(x) = 3x^2 - 7$ for every odd integer x between 11 and 29. Find the largest gap "
+                            "between two neighbouring values.", "solution": "It is $\\boxed{336}$.", "type": "Algebra"},
+        "ifeval": {"key": 7, "prompt": "Write a letter about rain to a friend in exactly five lines and never use the "
+                                       "word wet in it.", "instruction_id_list": [], "kwargs": []}}
+    files = [f"{task}={write(tmp_path / f'{task}.jsonl', [problem])}" for task, problem in problems.items()]
+    planted = [{"prompt": next(v for k, v in p.items() if k in ("question", "problem", "prompt")), "completion": "36"}
+               for p in problems.values()]
+    source = write(tmp_path / "a.jsonl", [*plain_records(20), *planted])
+    folder = prepare_data("all", **{**DEFAULTS, "sources": [source], "min_characters": 10,
+                                    "harness_tasks": list(problems), "harness_files": files})
+    card = read_json(folder / "card.json")
+    assert card["contaminated_by"] == {"HumanEval": 0, "GSM8K": 1, "MATH": 1, "IFEval": 1}
+    assert {c["problem"] for c in card["contaminated"]} == {"GSM8K/1", "MATH/1", "IFEval/7"}
+    assert {c["row"] for c in card["contaminated"]} == {f"{source}/{n}" for n in (21, 22, 23)}
+    used = {r["id"] for s in ("train", "gradient", "validation") for r in read_jsonl(folder / f"{s}.jsonl")}
+    assert not used & {c["row"] for c in card["contaminated"]} and "| MATH | 1 problems | 1 |" in (
+        folder / "card.md").read_text()
+
+
+def test_a_domain_has_its_rows_and_no_twin_of_a_training_row(tmp_path):
+    records = plain_records(13)
+    other = [{"question": f"Where does {'abcdefghijklmn'[i] * 4} live, and why there?", "answer": f"In town {i}."}
+             for i in range(9)]
+    source = write(tmp_path / "a.jsonl", records)
+    mixed = write(tmp_path / "b.jsonl", other + [{"question": r["prompt"], "answer": r["completion"]} for r in records])
+    params = {**DEFAULTS, "sources": [source], "min_characters": 10, "domains": [f"towns={mixed}"], "domain_rows": 9}
+    folder = prepare_data("towns", **params)
+    rows = read_jsonl(folder / "domain-towns.jsonl")
+    assert sorted(r["id"] for r in rows) == sorted(f"{mixed}/{i + 1}" for i in range(9))
+    about = read_json(folder / "card.json")["domains"]["towns"]
+    assert (about["source"], about["rows"], about["schema"]) == (mixed, 9, "question/answer")
+    with pytest.raises(ValueError, match="domains: towns has 9 clean rows, domain_rows asks for 10"):
+        prepare_data("towns", **{**params, "domain_rows": 10})
+    before = {s: (folder / f"{s}.jsonl").read_bytes() for s in ("train", "gradient", "validation")}
+    prepare_data("towns", **{**params, "domains": []})
+    assert before == {s: (folder / f"{s}.jsonl").read_bytes() for s in before}, "a domain moves no row of a split"
+    assert not (folder / "domain-towns.jsonl").exists()
 
 
 def test_an_mbpp_problem_is_found_when_its_file_is_given(tmp_path):
