@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_HASHED', 'CONTAINERS', 'NAMESPACES', 'NEW_USER', 'BIND', 'REC', 'PRIVATE', 'REMOUNT', 'RDONLY', 'NOSUID',
-           'NODEV', 'REFUSED', 'NEW_TASK', 'PRLIMIT', 'Opaque', 'encode', 'decode', 'attempt', 'serve', 'set_limits',
-           'libc', 'unused_uid', 'become', 'enter_namespaces', 'read_only', 'enter_files', 'drop_rights',
-           'filter_system_calls', 'fence_files', 'children', 'wait_and_clean', 'main']
+           'NODEV', 'REFUSED', 'NEW_TASK', 'ARGUMENTS', 'PRLIMIT', 'ALLOW', 'REFUSE', 'DIE', 'READ_FILE', 'READ_FOLDER',
+           'WRITE_FILE', 'Opaque', 'encode', 'decode', 'attempt', 'serve', 'set_limits', 'libc', 'unused_uid', 'become',
+           'enter_namespaces', 'read_only', 'enter_files', 'drop_rights', 'filter_lines', 'filter_system_calls',
+           'rights', 'fence_files', 'children', 'too_full', 'wait_and_clean', 'main']
 
-# %% ../nbs/44_box.ipynb #b329ce06
+# %% ../nbs/44_box.ipynb #fe341b91
 import ctypes
 import json
 import os
@@ -21,7 +22,7 @@ import traceback
 import types
 from contextlib import suppress
 
-# %% ../nbs/44_box.ipynb #87eb38e7
+# %% ../nbs/44_box.ipynb #51319dbd
 class Opaque:
     "Stands for a returned object that is not plain data; equal to nothing."
     def __init__(self, kind: str): self.kind = kind
@@ -74,7 +75,7 @@ def decode(data):  # what `encode` made
     return {"i": lambda: int(body, 16), "c": lambda: complex(*body), "b": lambda: bytes.fromhex(body),
             "o": lambda: Opaque(str(body))}[tag]()
 
-# %% ../nbs/44_box.ipynb #408ef0c1
+# %% ../nbs/44_box.ipynb #d873c79b
 def attempt(action):
     "The value of `action()`, or the exception it ended with, as an answer."
     try:
@@ -102,7 +103,7 @@ def serve(requests, answers: int, order: dict) -> None:
         arguments = decode(json.loads(line))
         answer(attempt(lambda: getattr(module, order["entry_point"])(*arguments)))
 
-# %% ../nbs/44_box.ipynb #8b502fe4
+# %% ../nbs/44_box.ipynb #f80a7dd6
 def set_limits(limits: dict) -> list[str]:
     "Lower the limits of this process and of all it may start; return the names of those that the system took."
     taken = []
@@ -117,7 +118,7 @@ def set_limits(limits: dict) -> list[str]:
             taken.append(name)
     return taken
 
-# %% ../nbs/44_box.ipynb #68706ca9
+# %% ../nbs/44_box.ipynb #dc7f4ff2
 NAMESPACES = {"mount": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "pid": 0x20000000, "net": 0x40000000}
 NEW_USER = 0x10000000
 BIND, REC, PRIVATE, REMOUNT = 0x1000, 0x4000, 0x40000, 0x20
@@ -167,7 +168,7 @@ def enter_namespaces() -> tuple[list[str], int]:
             file.write(line)
     return ["user", *NAMESPACES], 65534
 
-# %% ../nbs/44_box.ipynb #d164bded
+# %% ../nbs/44_box.ipynb #c725082c
 def read_only(root: str, binds: list[str]) -> None:
     "Make a mount and all below it read only."
     class Attributes(ctypes.Structure):
@@ -198,8 +199,10 @@ def enter_files(order: dict, uid: int) -> None:
         else:
             os.close(os.open(root + target, os.O_CREAT))
         libc("mount", source.encode(), (root + target).encode(), None, BIND | REC, None)
+    for path in order["hidden"]:
+        libc("mount", b"tmpfs", (root + path).encode(), b"tmpfs", NOSUID | NODEV, b"size=4k,mode=755")
     os.chdir("/proc")
-    read_only(root="/proc", binds=["/box" + target for target in order["binds"]])
+    read_only(root="/proc", binds=["/box" + target for target in [*order["binds"], *order["hidden"]]])
     options = f"size={order['file_mb']}m,nr_inodes=1000,mode=700,uid={uid},gid={uid}"
     libc("mount", b"tmpfs", (root + "/box").encode(), b"tmpfs", NOSUID | NODEV, options.encode())
     libc("pivot_root", b".", b".")
@@ -207,7 +210,7 @@ def enter_files(order: dict, uid: int) -> None:
     os.chroot("/box")
     os.chdir("/box")
 
-# %% ../nbs/44_box.ipynb #55b8b72a
+# %% ../nbs/44_box.ipynb #e0516bdd
 def drop_rights(uid: int | None) -> list[str]:
     "Give up root or the capabilities of a user namespace, for this process and all it starts."
     if os.geteuid() == 0 and uid is not None:
@@ -218,7 +221,7 @@ def drop_rights(uid: int | None) -> list[str]:
     libc("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     return ["no capabilities", "no new privileges"]
 
-# %% ../nbs/44_box.ipynb #2d9a39d6
+# %% ../nbs/44_box.ipynb #36ae13f3
 REFUSED = {  # system call: number on x86-64, on arm64
     "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198), "ptrace": (101, 117), "kill": (62, 129),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "tkill": (200, 130), "tgkill": (234, 131),
@@ -227,13 +230,41 @@ REFUSED = {  # system call: number on x86-64, on arm64
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": (428, 428),
     "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432), "mount_setattr": (442, 442),
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "msgget": (68, 186),
-    "semget": (64, 190), "mq_open": (240, 180), "memfd_create": (319, 279), "open_by_handle_at": (304, 265),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "shmget": (29, 194), "shmat": (30, 196),
+    "shmctl": (31, 195), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+    "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "mq_open": (240, 180),
+    "mq_unlink": (241, 181), "memfd_create": (319, 279), "open_by_handle_at": (304, 265), "syslog": (103, 116),
     "setpriority": (141, 140), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
     "sched_setattr": (314, 274), "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239),
-    "kcmp": (312, 272), "process_madvise": (440, 440)}
+    "kcmp": (312, 272), "process_madvise": (440, 440), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53),
+    "fchmodat2": (452, 452), "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54),
+    "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466)}
 NEW_TASK = {"clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None)}
-PRLIMIT = (302, 261)  # allowed for oneself only
+
+# %% ../nbs/44_box.ipynb #1982d85c
+ARGUMENTS = {  # system call: its numbers, which argument, and the values that are refused
+    "fcntl": ((72, 25), 1, (8, 10, 15)), "ioctl": ((16, 29), 1, (0x8901, 0x8902)), "prctl": ((157, 167), 0, (1,))}
+PRLIMIT = (302, 261)  # allowed for oneself, which is process 0
+ALLOW, REFUSE, DIE = 0x7FFF0000, 0x00050001, 0x80000000  # REFUSE is the error EPERM
+
+
+def filter_lines(column: int, architecture: int, alone: bool) -> list[tuple]:
+    "The filter as a program for the kernel's BPF machine: (instruction, jump if true, jump if false, constant)."
+    load, jump, equal, at_least, end = 0x20, 0x05, 0x15, 0x35, 0x06
+    calls = [numbers[column] for numbers in (REFUSED | (NEW_TASK if alone else {})).values() if numbers[column]]
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, DIE),  # a foreign architecture: die
+             (load, 0, 0, 0), (at_least, len(calls) + 1, 0, 0x40000000)]  # the x32 numbers
+    lines += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    lines += [(jump, 0, 0, 1), (end, 0, 0, REFUSE)]
+    for numbers, argument, values in ARGUMENTS.values():
+        lines += [(equal, 0, len(values) + 3, numbers[column]), (load, 0, 0, 16 + 8 * argument)]
+        lines += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+        lines += [(end, 0, 0, ALLOW), (end, 0, 0, REFUSE)]
+    lines += [(equal, 0, 4, PRLIMIT[column]), (load, 0, 0, 16), (equal, 0, 1, 0), (end, 0, 0, ALLOW),
+              (end, 0, 0, REFUSE)]
+    return [*lines, (end, 0, 0, ALLOW)]
 
 
 def filter_system_calls(alone: bool) -> list[str]:
@@ -241,40 +272,47 @@ def filter_system_calls(alone: bool) -> list[str]:
     machine = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}.get(os.uname().machine)
     if machine is None or sys.maxsize < 2**32:
         return []
-    column, architecture = machine
-    calls = [numbers[column] for numbers in (REFUSED | (NEW_TASK if alone else {})).values() if numbers[column]]
-    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, 0x80000000),  # a foreign architecture: die
-            (load, 0, 0, 0), (at_least, len(calls) + 4, 0, 0x40000000)]  # the x32 numbers
-    code += [(equal, len(calls) - i + 3, 0, call) for i, call in enumerate(calls)]
-    code += [(equal, 0, 2, PRLIMIT[column]), (load, 0, 0, 16), (equal, 0, 1, 0),
-             (end, 0, 0, 0x7FFF0000), (end, 0, 0, 0x00050001)]  # allow; EPERM
+    code = filter_lines(*machine, alone)
     packed = b"".join(struct.pack("HBBI", *line) for line in code)
     program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(text := ctypes.create_string_buffer(packed)))
     libc("prctl", 22, 2, program, 0, 0)  # PR_SET_SECCOMP
     del text
     return ["system call filter"]
 
-# %% ../nbs/44_box.ipynb #bfe899b8
-def fence_files(readable: list[str], folder: str) -> list[str]:
-    "From now on this process reads only `readable` and writes only into `folder` (Landlock)."
+# %% ../nbs/44_box.ipynb #c64f6136
+READ_FILE, READ_FOLDER, WRITE_FILE = 4, 8, 2
+
+
+def rights(path: str, hidden: list[str]) -> list[tuple[str, int]]:
+    "Paths and what may be done there, so that `path` can be read but for what is hidden."
+    if path in hidden:
+        return []
+    if not os.path.isdir(path):
+        return [(path, READ_FILE | WRITE_FILE)]
+    if not any(other.startswith(path + "/") for other in hidden):
+        return [(path, READ_FILE | READ_FOLDER)]
+    below = [right for name in os.listdir(path) for right in rights(f"{path}/{name}", hidden)]
+    return [(path, READ_FOLDER), *((p, r & ~WRITE_FILE) for p, r in below)]
+
+
+def fence_files(readable: list[str], hidden: list[str], folder: str) -> list[str]:
+    "From now on this process reads only `readable` but for `hidden`, and writes only into `folder` (Landlock)."
     kernel = ctypes.CDLL(None, use_errno=True).syscall
     version = kernel(444, None, 0, 1)
     if version < 1:
         return []
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     ruleset = kernel(444, struct.pack("Q", every), 8, 0)
-    read_file, read_folder, write_file = 4, 12, 2
-    for path in [*readable, folder]:
-        access = every if path == folder else read_folder if os.path.isdir(path) else read_file | write_file
-        fd = os.open(path, os.O_PATH)
-        kernel(445, ruleset, 1, struct.pack("Qi", access, fd), 0)
-        os.close(fd)
+    for path, access in [*(right for path in readable for right in rights(path, hidden)), (folder, every)]:
+        with suppress(OSError):  # a link that leads nowhere
+            fd = os.open(path, os.O_PATH)
+            kernel(445, ruleset, 1, struct.pack("Qi", access, fd), 0)
+            os.close(fd)
     restricted = kernel(446, ruleset, 0) == 0
     os.close(ruleset)
     return ["file fence"] if restricted else []
 
-# %% ../nbs/44_box.ipynb #f03b43be
+# %% ../nbs/44_box.ipynb #10dee8ea
 def children() -> list[int]:
     "Processes whose parent is this one (Linux only)."
     found = []
@@ -286,22 +324,34 @@ def children() -> list[int]:
     return found
 
 
-def wait_and_clean(child: int, requests: int, isolated: bool) -> int:
-    "Wait until the box ends or the trusted side hangs up; leave no process; return the exit code."
+def too_full(folder: str, most: int) -> bool:
+    "Whether a folder holds more than `most` bytes, each entry counted as a block of 4 kB at least."
+    total, todo = 0, [folder]
+    while todo and total <= most:
+        with suppress(OSError), os.scandir(todo.pop()) as entries:  # it may vanish meanwhile
+            for entry in entries:
+                with suppress(OSError):
+                    total += max(4096, entry.stat(follow_symlinks=False).st_size)
+                    if entry.is_dir(follow_symlinks=False): todo.append(entry.path)
+    return total > most
+
+
+def wait_and_clean(child: int, requests: int, folder: str | None, most: int) -> int:
+    "Wait until the box ends, fills its folder, or the trusted side hangs up; leave no process; return the exit code."
     watch, pause_ms = select.poll(), 20
     watch.register(requests, 0)  # reports only a hang-up
     with suppress(AttributeError, OSError):  # macOS, Linux before 5.3: look every 20 ms instead
         watch.register(os.pidfd_open(child), select.POLLIN)
-        pause_ms = None
+        pause_ms = 50 if folder else None  # without a disk of its own, its folder has to be watched
     ended, status = 0, 0
     while not ended:
-        if any(fd == requests for fd, _ in watch.poll(pause_ms)):
+        if any(fd == requests for fd, _ in watch.poll(pause_ms)) or (folder and too_full(folder, most)):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             ended, status = os.waitpid(child, 0)
         else:
             ended, status = os.waitpid(child, os.WNOHANG)
-    if not isolated:
+    if folder:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child, signal.SIGKILL)
         while left := children():
@@ -311,7 +361,7 @@ def wait_and_clean(child: int, requests: int, isolated: bool) -> int:
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
-# %% ../nbs/44_box.ipynb #5470a297
+# %% ../nbs/44_box.ipynb #d3b35baa
 def main() -> None:
     "The launcher: read the order from standard input, build the box, run the program in it, clean up."
     requests, answers = os.dup(0), os.dup(1)
@@ -333,7 +383,7 @@ def main() -> None:
     child = os.fork()
     if child:
         os.close(answers)
-        code = wait_and_clean(child, requests, order["isolated"])
+        code = wait_and_clean(child, requests, order["folder"], order["file_mb"] * 2**20)
         if not order["isolated"]:  # the trusted side may be gone
             import shutil
             shutil.rmtree(order["folder"], ignore_errors=True)
@@ -349,7 +399,8 @@ def main() -> None:
         active += set_limits(order["limits"])
         if linux:
             active += drop_rights(uid)
-            active += [] if order["isolated"] else fence_files(list(order["binds"].values()), order["folder"])
+            if not order["isolated"]:
+                active += fence_files(list(order["binds"].values()), order["hidden"], order["folder"])
             active += filter_system_calls(alone=order["limits"]["RLIMIT_NPROC"] == 1)
         os.write(answers, json.dumps({"ready": active}).encode() + b"\n")
         serve(reader, answers, order)

@@ -6,7 +6,7 @@
 __all__ = ['Limits', 'SandboxUnavailable', 'Failure', 'visible', 'Box', 'close', 'sandbox_mode', 'protection', 'Run',
            'run_sandboxed']
 
-# %% ../nbs/45_sandbox.ipynb #bbdc78c1
+# %% ../nbs/45_sandbox.ipynb #d0c492ba
 import contextlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from typing import Any
 
 from .box import decode, encode
 
-# %% ../nbs/45_sandbox.ipynb #e958a328
+# %% ../nbs/45_sandbox.ipynb #ecd67144
 @dataclass(frozen=True)
 class Limits:
     "What one boxed program may use."
@@ -54,12 +54,14 @@ class Failure(Exception):
         super().__init__(f"{status}: {detail}" if detail else status)
         self.status, self.detail = status, detail
 
-# %% ../nbs/45_sandbox.ipynb #469e2d8b
+# %% ../nbs/45_sandbox.ipynb #8da2c4ae
 @cache
 def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     "What the box sees: `binds` (path inside: path outside), `links`, and what to add to `path`."
     base = Path(sys.base_prefix) / "lib"
-    wanted = [sysconfig.get_path("stdlib"), base, base.with_name("lib64"), "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    wanted = [sysconfig.get_path("stdlib"), base.with_name("lib64"), "/lib64", "/usr/lib64"]
+    for system in {base, Path("/lib"), Path("/usr/lib")}:  # where libraries have a folder of their own, only that
+        wanted += [] if system.is_symlink() else list(system.glob("*-linux-gnu*")) or [system]
     links = {path: os.readlink(path) for path in ("/lib", "/lib64", "/usr/lib64") if os.path.islink(path)}
     binds: dict[str, str] = {}
     for path in sorted({str(w) for w in wanted if os.path.isdir(w)} - set(links)):
@@ -74,9 +76,11 @@ def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
         for part in (folder, folder.with_name(folder.name + ".libs")):  # wheels keep their libraries beside them
             if part.is_dir():
                 binds[f"/packages/{part.name}"] = str(part)
-    return {"binds": binds, "links": links, "path": ["/packages"] if packages else []}
+    hidden = [str(found) for path in binds for pattern in ("*-packages", "python*/*-packages")
+              for found in sorted(Path(path).glob(pattern)) if found.is_dir()]
+    return {"binds": binds, "hidden": hidden, "links": links, "path": ["/packages"] if packages else []}
 
-# %% ../nbs/45_sandbox.ipynb #ca187e44
+# %% ../nbs/45_sandbox.ipynb #d4951175
 class Box:
     "One untrusted program in a box: `with Box(program, 'add') as box: box.call(2, 3)`."
     def __init__(
@@ -144,7 +148,7 @@ class Box:
         "Wall time since the start."
         return time.monotonic() - self.started
 
-# %% ../nbs/45_sandbox.ipynb #196ca4c2
+# %% ../nbs/45_sandbox.ipynb #a369df65
 def _value(self: Box, answer: dict) -> Any:
     "The value in an answer, or the failure it reports."
     if "error" in answer:
@@ -226,7 +230,7 @@ def close(self: Box) -> None:
 
 Box._value, Box._answer, Box._ended, Box.close = _value, _answer, _ended, close
 
-# %% ../nbs/45_sandbox.ipynb #4b9b84fe
+# %% ../nbs/45_sandbox.ipynb #cc989458
 def sandbox_mode() -> str:
     "What settings.ini says: isolated or limits."
     from mft_nb.study import settings
@@ -263,7 +267,7 @@ def protection(mode: str | None = None, quiet: bool = False) -> tuple[str, ...]:
         print(f"sandbox {mode}: {', '.join(names)}")
     return names
 
-# %% ../nbs/45_sandbox.ipynb #dd8e7007
+# %% ../nbs/45_sandbox.ipynb #fb1f2456
 @dataclass(frozen=True)
 class Run:
     "What came of one program."

