@@ -210,3 +210,12 @@ def test_every_answer_is_reported_once_when_it_is_finished():
     assert sorted(calls) == [(i, s, ids) for i, a in enumerate(whole) for s, ids in enumerate(a)]
     assert [c[:2] for c in calls] != sorted(c[:2] for c in calls), "reported only at the end"
     assert sum(count) == sum(len(ids) for a in whole for ids in a)
+
+
+def test_guesses_that_come_true_save_passes_and_change_nothing():
+    "A tied random model repeats its last token for ever, which is easily guessed."
+    model, prompts = random_model("llama", tie_word_embeddings=True), PROMPTS[:3]
+    with Watch(model) as w: fast = answers(prompts, 80, model)
+    assert fast == answers(prompts, 80, model, static=True)
+    written = [tokens for (rows, tokens), _ in w.seen][4:]  # after the probe and the reading
+    assert len(written) < 60 and max(written) == 8
