@@ -5,6 +5,8 @@ import os
 import sys
 
 from mft_nb.apply_mask import variants_of
+from mft_nb.classifier import checkpoints
+from mft_nb.device import available
 from mft_nb.finetune import RECIPES
 from mft_nb.learn_mask import LEARNERS
 from mft_nb.study import check_study, code_of, declared, settings
@@ -20,6 +22,8 @@ SEEDS = P["seeds"]
 # how many cores one training or evaluation takes: with fewer than there are, several run side by side
 THREADS = int(config.get("threads", workflow.cores))
 VARIANTS = variants_of(P["recipes"], P["methods"], P["learners"])
+# an encoder is small: on a CPU its stages are quicker side by side than with two threads in one
+SIDE_BY_SIDE = 1 if (available()[0] if settings().device == "auto" else settings().device) == "cpu" else THREADS
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
 
 # papermill writes progress into the notebook; people look at the terminal
@@ -33,7 +37,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def parameters(notebook):
     "What a notebook reads from the study: when one of these changes, it runs again."
     known = declared(Path("nbs", f"{notebook}.ipynb").resolve())
-    return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner")} | MACHINE
+    return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner", "level")} | MACHINE
 
 
 def run(notebook, name, *given):
@@ -93,19 +97,25 @@ wildcard_constraints:
 
 EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
              *(done(f"evaluate/{v}-seed{s}") for s in SEEDS for v in VARIANTS if v != "base")]
+# math and instructions by lm-evaluation-harness, if the study wants any
+HARNESSED = [done(f"harness/{stamp.parent.name}") for stamp in EVALUATED if P["harness_tasks"]]
 # the sweep finds masks, so every seed has one; the other two explain, and one checkpoint is enough for that
 EVIDENCE = [done(f"{stage}/seed{s}") for stage, seeds, wanted in (
     ("sweep", SEEDS, SWEPT), ("truth", SEEDS[:1], TRUTH), ("surface", SEEDS[:1], P["surface_points"]))
             for s in seeds if wanted]
 
 
+CHAT = [done("data"), *(done(f"finetune/{r}-seed{s}") for s in SEEDS for r in RECIPE_RUNS),
+        *(done(f"influence/seed{s}") for s in SEEDS),
+        *(done(f"learn_mask/{x}-seed{s}") for s in SEEDS for x in P["learners"]),
+        *EVALUATED, *HARNESSED, *EVIDENCE, done("compare"), done("report")]
+MASKED = [done(f"classifier_masks/{level}-seed{s}") for s in SEEDS for level in checkpoints(P["levels"])]
+CLASSIFY = [done("sentences"), *(done(f"classifier/seed{s}") for s in SEEDS), *MASKED]
+
+
 # every stage by name: a missing stamp below a report that is older would not count as missing
 rule all:
-    input:
-        done("data"), [done(f"finetune/{r}-seed{s}") for s in SEEDS for r in RECIPE_RUNS],
-        [done(f"influence/seed{s}") for s in SEEDS],
-        [done(f"learn_mask/{x}-seed{s}") for s in SEEDS for x in P["learners"]],
-        EVALUATED, EVIDENCE, done("compare"), done("report"),
+    input: CLASSIFY if P["task"] == "classify" else CHAT
 
 
 rule data:
@@ -188,8 +198,17 @@ rule evaluate:
     shell: run("50_evaluate", "evaluate-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
 
 
+rule harness:
+    input: source_of, code_of("harness")
+    output: done("harness/{variant}-seed{seed}")
+    params: parameters("52_harness")
+    threads: THREADS
+    message: "math and instructions of {wildcards.variant}, seed {wildcards.seed}"
+    shell: run("52_harness", "harness-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
+
+
 rule compare:
-    input: EVALUATED, code_of("compare")
+    input: EVALUATED, HARNESSED, code_of("compare")
     output: done("compare")
     params: parameters("60_compare")
     message: "compare the variants"
@@ -202,3 +221,31 @@ rule report:
     params: parameters("70_report")
     message: "write the report"
     shell: run("70_report", "report")
+
+
+# --- task: classify --------------------------------------------------------------------------------------------------
+
+rule sentences:
+    input: code_of("sentences")
+    output: done("sentences")
+    params: parameters("11_sentences")
+    message: "prepare sentences"
+    shell: run("11_sentences", "sentences")
+
+
+rule classifier:
+    input: done("sentences"), code_of("classifier")
+    output: done("classifier/seed{seed}")
+    params: parameters("22_classifier")
+    threads: SIDE_BY_SIDE
+    message: "fine-tuning of the classifier, seed {wildcards.seed}"
+    shell: run("22_classifier", "classifier-seed{wildcards.seed}", "seed")
+
+
+rule classifier_masks:
+    input: done("sentences"), done("classifier/seed{seed}"), code_of("classifier_masks")
+    output: done("classifier_masks/{level}-seed{seed}")
+    params: parameters("33_classifier_masks")
+    threads: SIDE_BY_SIDE
+    message: "masks of the checkpoint {wildcards.level}, seed {wildcards.seed}"
+    shell: run("33_classifier_masks", "classifier_masks-{wildcards.level}-seed{wildcards.seed}", "level", "seed")

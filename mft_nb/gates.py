@@ -6,7 +6,7 @@
 __all__ = ['LEARNERS', 'LearnerName', 'Learners', 'SPREAD', 'LEFT', 'RIGHT', 'HEAT', 'StraightThrough', 'Gate', 'Learner',
            'initial_scores', 'half_normal', 'Masking', 'zeroed_by', 'hard_concrete', 'MatrixAdam']
 
-# %% ../nbs/29_gates.ipynb #7c9aa604
+# %% ../nbs/29_gates.ipynb #99cf17f3
 import hashlib
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from .mask import budget, top_k
 from .study import no_repeats
 
-# %% ../nbs/29_gates.ipynb #7d214127
+# %% ../nbs/29_gates.ipynb #f82021ba
 class StraightThrough(torch.autograd.Function):
     "The masked weight forward; backward the gradient of the scores, and of the weight where it is trained too."
     @staticmethod
@@ -61,7 +61,7 @@ class Gate(nn.Module):
         "Gradient of the scores from W * dL/d(WM), which it may overwrite."
         return self.masking.of.slope(self, scores, gradient)
 
-# %% ../nbs/29_gates.ipynb #5be7ece2
+# %% ../nbs/29_gates.ipynb #50b341e8
 @dataclass(frozen=True)
 class Learner:
     "How a mask is learned. Adding one is adding an entry."
@@ -73,6 +73,7 @@ class Learner:
     scope: Literal["matrix", "band"] = "matrix"  # within what the highest scores are chosen
     everywhere: bool = False  # in all layers of the model, not only the band
     l1: bool = False  # the L1 norm of the scores is added to the loss, times `mask_l1`
+    blind: bool = False  # the gradient of the loss never reaches the scores
     trains: bool = True  # False: the mask it would start with
     weights: bool = False  # the weights of the band are trained too, with the rate of fine-tuning
     scaled: bool = False  # one step size per matrix instead of Adam's one per weight
@@ -89,6 +90,8 @@ LEARNERS = {
                           threshold=True, everywhere=True),
     "mft-scaled": Learner("signed S, top k, one Adam scale per matrix", "this study", signed=True, scaled=True),
     "mft-l1": Learner("as mft, with the L1 norm of the scores in the loss", "BERT replication", l1=True),
+    "mft-blind": Learner("as mft-l1, but no gradient of the loss reaches the scores", "BERT replication, as it ran",
+                         l1=True, blind=True),
     "movement": Learner("S from 0, top k of S, weights trained too", "Sanh 2020, 2005.07683", init="zero", signed=True,
                         weights=True),
     "l0": Learner("hard concrete gates, then top k of S", "Louizos 2018, 1712.01312", init="open", signed=True,
@@ -97,7 +100,7 @@ LEARNERS = {
 LearnerName = Literal[tuple(LEARNERS)]
 Learners = Annotated[list[LearnerName], AfterValidator(no_repeats)]
 
-# %% ../nbs/29_gates.ipynb #9b063f3c
+# %% ../nbs/29_gates.ipynb #279b3dda
 SPREAD = .02  # of the published start
 
 def initial_scores(
@@ -125,7 +128,7 @@ def half_normal(harm: torch.Tensor) -> torch.Tensor:
     values = SPREAD * math.sqrt(2) * torch.erfinv((torch.arange(n, dtype=torch.float64) + .5) / n)
     return torch.empty(n).index_copy_(0, order, values.float()).view(harm.shape)
 
-# %% ../nbs/29_gates.ipynb #c2151bce
+# %% ../nbs/29_gates.ipynb #392c9aab
 LEFT, RIGHT, HEAT = -.1, 1.1, 2 / 3  # stretch and temperature of hard concrete gates
 
 class Masking:
@@ -186,6 +189,7 @@ class Masking:
 
     def slope(self, gate: Gate, scores: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         "Gradient of the scores from W * dL/d(WM), with the penalties'."
+        if self.learner.blind: gradient.zero_()
         if self.noisy(gate):
             closed = torch.sigmoid(scores - HEAT * math.log(-LEFT / RIGHT))
             return gradient.mul_(hard_concrete(scores, self.noise(gate))[1]).add_(closed * (1 - closed),
@@ -200,7 +204,7 @@ class Masking:
         generator = torch.Generator(gate.scores.device).manual_seed(int.from_bytes(digest[:7]))
         return torch.rand(gate.scores.shape, generator=generator, device=gate.scores.device)
 
-# %% ../nbs/29_gates.ipynb #746a7652
+# %% ../nbs/29_gates.ipynb #3beb0ec3
 def zeroed_by(
     learner: Learner,
     scores: dict[str, torch.Tensor],  # of all matrices between which the learner chooses
@@ -223,7 +227,7 @@ def hard_concrete(scores: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, 
     inside = (stretched > 0) & (stretched < 1)
     return stretched.clamp(0, 1), inside * x * (1 - x) * (RIGHT - LEFT) / HEAT
 
-# %% ../nbs/29_gates.ipynb #ccd96d12
+# %% ../nbs/29_gates.ipynb #d3e54744
 class MatrixAdam(torch.optim.Optimizer):
     "Adam with one second moment per matrix."
     def __init__(self, params, lr: float, betas: tuple[float, float] = (.9, .999), eps: float = 1e-12):

@@ -6,7 +6,7 @@
 __all__ = ['MasterAdamW', 'training_order', 'trained', 'save_trained', 'load_trained', 'Meter', 'ReleaseMemory', 'ChatTrainer',
            'last_checkpoint', 'make_trainer']
 
-# %% ../nbs/18_train.ipynb #32ba362f
+# %% ../nbs/18_train.ipynb #5d342aee
 import ctypes
 import json
 import shutil
@@ -23,10 +23,10 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .device import Device
-from .loss import collate, evaluate_losses, head_is_plain, label_losses
+from .loss import collate, evaluate_classes, evaluate_losses, head_is_plain, label_losses
 from .study import progress, settings
 
-# %% ../nbs/18_train.ipynb #dd91320b
+# %% ../nbs/18_train.ipynb #6f472e4e
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -59,7 +59,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(saved)
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/18_train.ipynb #c14bdb83
+# %% ../nbs/18_train.ipynb #2924fe5f
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -79,7 +79,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/18_train.ipynb #f7cf731a
+# %% ../nbs/18_train.ipynb #4bbec17e
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that training changes, by name. Raises ValueError when there is none."
     found = {n: p for n, p in net.named_parameters() if p.requires_grad}
@@ -99,7 +99,7 @@ def load_trained(net: nn.Module, path: Path) -> None:
         raise ValueError(f"{Path(path).name}: not the trained parameters of this model, for instance {other[0]}")
     for n, p in mine.items(): p.copy_(saved[n])
 
-# %% ../nbs/18_train.ipynb #4acec052
+# %% ../nbs/18_train.ipynb #63687569
 class Meter(TrainerCallback):
     "Counts tokens and seconds of training; shows tokens, rate, ETA and loss on the terminal."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -130,7 +130,7 @@ class ReleaseMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
-# %% ../nbs/18_train.ipynb #87ca0c52
+# %% ../nbs/18_train.ipynb #87db1a34
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss`, a fixed order of examples and small checkpoints."
     weights_file = "trained.safetensors"
@@ -150,11 +150,19 @@ class ChatTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None): return SequentialSampler(train_dataset or self.train_dataset)
 
-    def evaluate(self, *args, **kw) -> dict[str, float]:
-        "Mean validation loss over examples; the Trainer asks twice at the last step, it is computed once."
-        if not self.seen or self.seen[0] != self.state.global_step:
+    def validate(self) -> dict[str, float]:
+        "Mean validation loss over examples; of a classifier the accuracy too."
+        if "label" not in self.validation[0]:
             losses = evaluate_losses(self.model, self.validation, self.pad_id, self.where)
-            self.seen = self.state.global_step, dict(eval_loss=sum(losses) / len(losses))
+            return dict(eval_loss=sum(losses) / len(losses))
+        losses, answers = evaluate_classes(self.model, self.validation, self.pad_id, self.where)
+        right = sum(a == e["label"] for a, e in zip(answers, self.validation, strict=True))
+        return dict(eval_loss=sum(losses) / len(losses), eval_accuracy=right / len(answers))
+
+    def evaluate(self, *args, **kw) -> dict[str, float]:
+        "What `validate` finds; the Trainer asks twice at the last step, it is computed once."
+        if not self.seen or self.seen[0] != self.state.global_step:
+            self.seen = self.state.global_step, self.validate()
             self.log(self.seen[1])
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, self.seen[1])
         return self.seen[1]
@@ -177,7 +185,7 @@ class ChatTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_trained(model or self.model, Path(resume_from_checkpoint) / self.weights_file)
 
-# %% ../nbs/18_train.ipynb #d9350b5f
+# %% ../nbs/18_train.ipynb #9dbab349
 def last_checkpoint(folder: Path) -> str | None:
     "The newest complete checkpoint; the Trainer writes `trainer_state.json` last, so without it one is half-written."
     found = None
