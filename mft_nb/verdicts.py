@@ -6,9 +6,9 @@
 __all__ = ['LEFT', 'CORRECTIONS', 'SAME_SET', 'NOT_NONE', 'PLUS_LIMITS', 'LARGE', 'EACH_S', 'Candidate', 'shown', 'call_text',
            'run_check', 'with_left_sides', 'right_sides', 'run_assertions', 'is_floats', 'tolerances', 'equal',
            'is_zero', 'surface', 'digit_distance', 'passes', 'expected_values', 'run_inputs', 'run_suite', 'last_test',
-           'check', 'journal_rows', 'score', 'tests_digest', 'pass_at_k']
+           'check', 'journal_rows', 'write_down', 'score', 'tests_digest', 'pass_at_k']
 
-# %% ../nbs/46_verdicts.ipynb #18925c91
+# %% ../nbs/46_verdicts.ipynb #3fd75ac0
 import ast
 import json
 import math
@@ -32,7 +32,7 @@ from .problems import assertion
 from .sandbox import Box, Failure, Limits, protection
 from .study import hash_of, progress, settings
 
-# %% ../nbs/46_verdicts.ipynb #99779c85
+# %% ../nbs/46_verdicts.ipynb #591cd966
 class Candidate:
     "The judged function as the tests see it: a call goes into the box; the last call and its value are remembered."
     def __init__(self, box: Box, name: str): self.box, self.name, self.call, self.value = box, name, "", None
@@ -83,7 +83,7 @@ def run_check(problem: dict, candidate) -> tuple[str, str]:
         return line[:300], f"{kind}{call} gave {shown(getattr(candidate, 'value', None))}"
     return "", ""
 
-# %% ../nbs/46_verdicts.ipynb #d5bcf09b
+# %% ../nbs/46_verdicts.ipynb #de2a406d
 LEFT = "__left_side__"
 
 
@@ -113,7 +113,7 @@ def run_assertions(problem: dict, candidate: Candidate, expected: list) -> tuple
             return problem["tests"][number][:300], f"gave {shown(value)}, expected {shown(wanted)}"
     return "", ""
 
-# %% ../nbs/46_verdicts.ipynb #67c6d7cb
+# %% ../nbs/46_verdicts.ipynb #511b8ba0
 CORRECTIONS = {
     "HumanEval/32": "evalplus 0.3.1 fails every solution of find_zero, because its branch skips the note of success; "
                     "here a value passes when |poly(value)| <= 1e-4",
@@ -187,7 +187,7 @@ def passes(problem: dict, arguments, value: Any, expected: Any, atol: float) -> 
     except Exception:  # not a number, not a collection: not right
         return False
 
-# %% ../nbs/46_verdicts.ipynb #cfdff1d0
+# %% ../nbs/46_verdicts.ipynb #c6c8b9a2
 PLUS_LIMITS = Limits(timeout_s=62, memory_mb=4096)
 LARGE = replace(PLUS_LIMITS, output_mb=32)  # two problems have answers of up to 13 MB
 EACH_S = 4.0  # time for one input
@@ -231,7 +231,7 @@ def run_inputs(problem: dict, box: Box, expected: list) -> tuple[str, str]:
         raise
     return "", ""
 
-# %% ../nbs/46_verdicts.ipynb #13139bfd
+# %% ../nbs/46_verdicts.ipynb #11d40d44
 def run_suite(
     problem: dict,
     code: str,
@@ -285,7 +285,7 @@ def check(
     return {"task_id": problem["task_id"], "passed": passed, "base": base, "plus": passed if plus else None,
             "status": status, "failing": failing, "reason": reason, "seconds": round(time.monotonic() - started, 3)}
 
-# %% ../nbs/46_verdicts.ipynb #d4963b8c
+# %% ../nbs/46_verdicts.ipynb #a604feab
 def journal_rows(path: Path | None) -> dict[str, dict]:
     "What a journal holds, by key; a half-written last line is cut off."
     if path is None or not path.exists(): return {}
@@ -296,10 +296,15 @@ def journal_rows(path: Path | None) -> dict[str, dict]:
     return {row.pop("key"): row for row in map(json.loads, whole.splitlines())}
 
 
+def write_down(path: Path, key: str, row: dict) -> None:
+    "Add a row to a journal; after this it survives the end of the process."
+    with open(path, "a") as file: file.write(json.dumps({"key": key} | row) + "\n")
+
+
 def score(
     problems: list[dict],        # of load_problems; one may come several times
     codes: list[str],            # one program per problem
-    plus: bool = False,          # also the inputs of EvalPlus
+    plus: bool | None = False,   # also the inputs of EvalPlus; None: where the problems have some
     workers: int | None = None,  # boxes at a time; default: one per core
     timeout_s: float = 5.0,      # per program, base tests
     mode: str | None = None,     # isolated, limits; default: settings.ini
@@ -310,17 +315,18 @@ def score(
     if len(problems) != len(codes):
         raise ValueError(f"{len(problems)} problems but {len(codes)} programs")
     protection(mode, quiet=True)  # no namespaces: say so before any work
-    keys = [hash_of([p["task_id"], tests_digest(p), c, plus, timeout_s]) for p, c in zip(problems, codes, strict=True)]
+    wanted = [plus if plus is not None else "plus_input" in p for p in problems]
+    keys = [hash_of([p["task_id"], tests_digest(p), c, w, timeout_s])
+            for p, c, w in zip(problems, codes, wanted, strict=True)]
     known = journal_rows(journal)
     todo = {key: i for i, key in enumerate(keys) if key not in known}
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     with progress(len(known.keys() | todo.keys()), label, "program", initial=len(known)) as bar:
-        jobs = {pool.submit(check, problems[i], codes[i], plus, timeout_s, mode): key for key, i in todo.items()}
+        jobs = {pool.submit(check, problems[i], codes[i], wanted[i], timeout_s, mode): key for key, i in todo.items()}
         try:
             for job in as_completed(jobs):
                 known[jobs[job]] = job.result()
-                if journal:
-                    with open(journal, "a") as file: file.write(json.dumps({"key": jobs[job]} | job.result()) + "\n")
+                if journal: write_down(journal, jobs[job], job.result())
                 bar.update(1)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -331,7 +337,7 @@ def tests_digest(problem: dict) -> str:
     "A hash of what a problem's verdict depends on, beside the program."
     return hash_of([problem.get(field) for field in ("prompt", "test", "tests", "setup", "plus_sha256")])
 
-# %% ../nbs/46_verdicts.ipynb #f8866589
+# %% ../nbs/46_verdicts.ipynb #7d8b2b6f
 def pass_at_k(
     n,  # samples per problem: a number, or one per problem
     c,  # how many of them passed
