@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'KINDS', 'styled', 'save_figure', 'by_family', 'heights', 'f
            'runs_in_words', 'spread_out', 'symlog_ticks', 'flip_strip', 'scan_plot', 'until', 'against_prediction',
            'from_zero', 'training_curve', 'widen', 'across', 'one_log', 'level_lines']
 
-# %% ../nbs/65_figures.ipynb #90ad0123
+# %% ../nbs/65_figures.ipynb #ff3c3c9a
 from functools import wraps
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .compare import ALPHA, INSTRUMENTS
+from .compare import ALPHA
 from .influence import holds_until
+from .instruments import instrument, main_ones
 from .names import FAMILIES, colour, family, in_order, label, marker, short
 
-# %% ../nbs/65_figures.ipynb #d4a51a9c
+# %% ../nbs/65_figures.ipynb #dbe0fb95
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
          "figure.constrained_layout.use": True, "figure.titlesize": 10}
@@ -33,7 +34,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #fb528dd6
+# %% ../nbs/65_figures.ipynb #2cf5f6c1
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,13 +44,13 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #c4986bbd
+# %% ../nbs/65_figures.ipynb #0d83ce6f
 def by_family(tests: pd.DataFrame, variants: list[str]) -> list[str]:
     "Variants by family, within a family from the lowest loss to the highest."
-    first = next(i for i in INSTRUMENTS if (tests.instrument == i).any())
+    first = main_ones(tests.instrument)[0]
     mine = tests[(tests.against == "fft") & (tests.seed == "all") & (tests.instrument == first)]
     change = mine.set_index("variant").difference.to_dict()
-    worse = INSTRUMENTS[first].better * -1
+    worse = instrument(first).better * -1
     return in_order(sorted(variants, key=lambda v: worse * change.get(v, 0.)))
 
 def heights(variants: list[str]) -> dict[str, float]:
@@ -72,18 +73,22 @@ def forest(
     tests: pd.DataFrame,  # tests.csv of `compare`
     study: str,
     variants: list[str] = (),  # which rows; empty: all
+    keys: list[str] = (),  # which instruments; empty: all
 ) -> Figure:
     "Paired differences against fft, one panel per instrument."
     mine = tests[tests.against == "fft"]
-    variants = by_family(tests, list(variants) or list(dict.fromkeys(mine.variant)))
-    names, place = [i for i in INSTRUMENTS if (mine.instrument == i).any()], heights(variants)
+    names = [i for i in main_ones(mine.instrument) if not keys or i in keys]
+    mine = mine[mine.instrument.isin(names)]
+    there = list(dict.fromkeys(mine.variant))
+    variants = by_family(tests, [v for v in variants if v in there] or there)
+    place = heights(variants)
     few, lowest = len(variants) <= 12, min(place.values())
     size = 1.9 + 2.9 * len(names), 1.6 + (.36 if few else .19) * -lowest
     figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
-        part, unit = mine[mine.instrument == name], INSTRUMENTS[name]
+        part, unit = mine[mine.instrument == name], instrument(name)
         for variant, y in place.items():
-            forest_row(ax, part[part.variant == variant], y, unit.scale, few)
+            if (part.variant == variant).any(): forest_row(ax, part[part.variant == variant], y, unit.scale, few)
             ax.axhline(y, color="0.94", lw=.6, zorder=-1)
         ax.axvline(0, color="0.5", lw=.8, zorder=0)
         spread_out(ax, part[part.seed == "all"], unit.scale)
@@ -130,7 +135,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #efc5e218
+# %% ../nbs/65_figures.ipynb #64b6d51f
 KINDS = (("gained", "^", "#0173b2"), ("lost", "v", "#d55e00"))
 
 @styled
@@ -139,6 +144,7 @@ def flip_strip(
     solved: pd.Series,  # task_id -> share of the fft runs that pass it
     variants: list[str],
     study: str,
+    benchmark: str = "HumanEval",
 ) -> Figure:
     "Problems gained and lost against fft, one row per variant, over those that fft solves."
     number, few = {task: i for i, task in enumerate(solved.index)}, len(variants) <= 12
@@ -158,13 +164,13 @@ def flip_strip(
         gained, lost = ((mine.flip == k).sum() / runs for k in ("gained", "lost"))
         ticks.append(f"{label(variant)}: +{gained:.3g}, −{lost:.3g}")
     ax.set(yticks=range(len(variants), -1, -1), yticklabels=ticks, xlim=(-2, len(solved) + 1),
-           ylim=(-.5, len(variants) + .6), xlabel=f"the {len(solved)} HumanEval problems, in their order",
+           ylim=(-.5, len(variants) + .6), xlabel=f"the {len(solved)} {benchmark} problems, in their order",
            title=f"{study}: verdicts that differ from the fine-tuned model's" + (" (mean of runs)" * (runs > 1)))
     ax.tick_params(axis="y", length=0, labelsize=9 if few else 7.5)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../nbs/65_figures.ipynb #9ae2d70c
+# %% ../nbs/65_figures.ipynb #ec616a76
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -221,7 +227,7 @@ def from_zero(axes, every: pd.DataFrame) -> None:
         ax.set_ylim(min(0, both.min() * 2), max(unit, both.max() * 2))
         ax.minorticks_off()
 
-# %% ../nbs/65_figures.ipynb #f4debdcd
+# %% ../nbs/65_figures.ipynb #c2e9a955
 @styled
 def training_curve(
     logs: dict[tuple[str, int], pd.DataFrame],  # (recipe or learner, seed) -> log: step, tokens, loss, eval_loss

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'TASKS', 'METRICS', 'MAIN', 'GROUPS', 'ASKED', 'Instrument', 'instrument', 'ordered', 'main_ones',
-           'groups', 'pass_at_k', 'evaluated', 'scored', 'harness_items', 'runs_there', 'outcomes', 'tables_of',
-           'values_of', 'measured_by', 'is_binary', 'protocols', 'shots_of', 'protocol']
+           'groups', 'evaluated', 'scored', 'harness_items', 'runs_there', 'outcomes', 'tables_of', 'values_of',
+           'measured_by', 'is_binary', 'protocols', 'shots_of', 'protocol']
 
-# %% ../nbs/59_instruments.ipynb #c8c4d595
+# %% ../nbs/59_instruments.ipynb #fbdb13eb
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import comb
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .study import finished, read_json, read_jsonl, settings
+from .verdicts import pass_at_k
 
-# %% ../nbs/59_instruments.ipynb #0e15505b
+# %% ../nbs/59_instruments.ipynb #b8e2d2a9
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -56,7 +56,7 @@ def instrument(key: str) -> Instrument:
     if not where: raise ValueError(f"{key}: no such instrument")
     return share(f"{TASKS.get(what, what)} ({METRICS.get(where, where)})", "harness")
 
-# %% ../nbs/59_instruments.ipynb #6a1db03a
+# %% ../nbs/59_instruments.ipynb #820bca2f
 def ordered(keys: Iterable[str]) -> list[str]:
     "Each key once: own domain, benchmarks, harness, other domains; within a benchmark losses first, then few to many."
     places = ["own", *BENCHMARKS, "harness", "domain"]
@@ -84,13 +84,7 @@ def groups(keys: Iterable[str]) -> dict[str, list[str]]:
     own, first = found.pop("own", []), next((p for p in (*BENCHMARKS, "harness") if p in found), None)
     return {"own": own + (found.pop(first) if first else []), **found}
 
-# %% ../nbs/59_instruments.ipynb #3bb76c6d
-def pass_at_k(n: int, passed: int, k: int) -> float:
-    "Unbiased estimate that one of k programs passes, from n programs of which `passed` pass."
-    if not 0 <= passed <= n or not 1 <= k <= n: raise ValueError(f"found passed={passed}, k={k} of n={n} samples")
-    return 1 - comb(n - passed, k) / comb(n, k)
-
-# %% ../nbs/59_instruments.ipynb #bafeb302
+# %% ../nbs/59_instruments.ipynb #fee1bb23
 def evaluated(folder: Path) -> list[tuple[str, str, float]]:
     "Key, item and value of everything in the folder of one evaluation."
     rows = [(f"loss.{r['domain']}" if r.get("domain") else "validation_loss", str(r["example"]), r["loss"])
@@ -110,7 +104,7 @@ def scored(row: dict, ks: Iterable[int] = ()) -> dict[str, float | None]:
         if passed is None: passed = row.get(first)
         if passed is None: continue  # no program was written, or there are no extra tests
         for k in sorted({1, *ks}):
-            if k <= n: found[f"pass_at_{k}{suffix}"] = pass_at_k(n, int(passed), k)
+            if k <= n: found[f"pass_at_{k}{suffix}"] = float(pass_at_k(n, int(passed), k))
     return found
 
 def harness_items(folder: Path) -> list[tuple[str, str, float]]:
@@ -121,7 +115,7 @@ def harness_items(folder: Path) -> list[tuple[str, str, float]]:
     scale = table.weight / table.weight.groupby(key).transform("mean")
     return list(zip(key, table["item"].astype(str), table.value.astype(float) * scale, strict=True))
 
-# %% ../nbs/59_instruments.ipynb #4f78400f
+# %% ../nbs/59_instruments.ipynb #77accab8
 def runs_there(study: str, stage: str, variants: list[str], seeds: list[int]) -> dict[tuple[str, int], Path]:
     "Folders of a stage by variant and seed; `base` has the first seed only: it has no fine-tuning seed."
     wanted = [(v, s) for v in variants for s in (seeds[:1] if v == "base" else seeds)]
@@ -166,19 +160,21 @@ def is_binary(tables: dict, instrument: str) -> bool:
     "Whether every item passes or fails, for every variant."
     return all(np.isin(t.to_numpy(), (0, 1)).all() for (name, _), t in tables.items() if name == instrument)
 
-# %% ../nbs/59_instruments.ipynb #6eaacd01
+# %% ../nbs/59_instruments.ipynb #11ae92b5
 ASKED = ("benchmarks", "style", "samples", "temperature", "top_p", "max_new_tokens")  # parameters of `evaluate`
 
 def protocols(study: str, variants: list[str], seeds: list[int], keys: Iterable[str]) -> dict[str, str]:
     "How each instrument was read, in a few words. Raises ValueError when variants were asked in different ways."
     asked = {}
-    for key, folder in runs_there(study, "evaluate", variants, seeds).items():
-        params = read_json(folder / "manifest.json")["params"]
-        asked.setdefault(str([params.get(k) for k in ASKED]), (key, params))
+    for run, folder in runs_there(study, "evaluate", variants, seeds).items():
+        manifest = read_json(folder / "manifest.json")
+        params, tested = manifest["params"], manifest.get("metrics", {}).get("benchmarks") or {}
+        data = {name: facts["data"] for name, facts in tested.items() if "data" in facts}  # which version, how many
+        asked.setdefault(str([data, *(params.get(k) for k in ASKED)]), (run, params | dict(data=data)))
     if len(asked) > 1:
         raise ValueError(f"{study}: {' and '.join(f'{v}-seed{s}' for (v, s), _ in asked.values())} were asked in "
                          f"different ways ({', '.join(ASKED)}); evaluate them again")
-    _, params = next(iter(asked.values()))
+    params, = (p for _, p in asked.values())
     data = settings().runs / study / "data" / "manifest.json"
     sources = dict(d.split("=", 1) for d in (read_json(data)["params"].get("domains") or [])) if data.exists() else {}
     return {key: protocol(key, params, sources, shots_of(study)) for key in keys}
@@ -203,4 +199,6 @@ def protocol(key: str, params: dict, sources: dict[str, str], shots: dict[str, s
     samples = params.get("samples") or 1
     drawn = f"{samples} sample{'s' * (samples > 1)} at temperature {params.get('temperature')}, top-p " \
             f"{params.get('top_p')}" if params.get("temperature") else "greedy"
-    return f"{params.get('style') or 'chat'} prompt, {drawn}, at most {params.get('max_new_tokens')} tokens"
+    data = (params.get("data") or {}).get(kind.place)
+    return (f"{data}: " if data else "") + (f"{params.get('style') or 'chat'} prompt, {drawn}, at most "
+                                            f"{params.get('max_new_tokens')} tokens")

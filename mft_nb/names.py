@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'NAMES', 'MODES', 'SHADES', 'MARKERS', 'MODE_MARKERS', 'Family', 'stem', 'family', 'in_order', 'short',
            'label', 'colour', 'marker']
 
-# %% ../nbs/62_names.ipynb #9c41a1b8
+# %% ../nbs/62_names.ipynb #169ff1a1
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .finetune import RECIPES
 from .gates import LEARNERS
 from .scores import METHODS
 
-# %% ../nbs/62_names.ipynb #72985e62
+# %% ../nbs/62_names.ipynb #0bd66599
 @dataclass(frozen=True)
 class Family:
     "A kind of variant."
@@ -40,7 +40,7 @@ def family(variant: str) -> str:
     "The key in FAMILIES that a variant belongs to."
     name = stem(variant)
     if name in ("base", "fft", *RECIPES): return "recipe"
-    if name == "random" or name.endswith("initial"): return "control"
+    if name in ("random", "mft-blind") or name.endswith("initial"): return "control"
     if name in LEARNERS: return "learned"
     if name not in METHODS: return "importance"
     if METHODS[name].mode != "zero": return "change"
@@ -50,14 +50,15 @@ def in_order(variants: list[str]) -> list[str]:
     "Variants by family, otherwise in the order given."
     return sorted(variants, key=lambda v: list(FAMILIES).index(family(v)))
 
-# %% ../nbs/62_names.ipynb #d79c5759
+# %% ../nbs/62_names.ipynb #a74b69c4
 NAMES = {
     "base": "base model", "fft": "fine-tuned (FFT)", "continued": "continued FFT", "average": "average of checkpoints",
     "lora": "LoRA", "decay": "FFT with weight decay", "wise": "WiSE-FT", "dropout": "FFT with dropout",
     "sci": "SCI", "taylor": "signed Taylor", "second-order": "signed second order", "toward-zero": "toward zero",
     "magnitude-rows": "magnitude by row", "snip": "SNIP", "obd": "OBD", "wanda": "Wanda", "sparsegpt": "SparseGPT",
     "sparsegpt-update": "SparseGPT with update", "ties": "TIES", "dare": "DARE", "mft": "MFT",
-    "mft-initial": "MFT initial mask", "mft-ones": "MFT from equal scores", "mft-score": "MFT from signed Taylor",
+    "mft-initial": "MFT initial mask", "mft-blind": "MFT without gradient",
+    "mft-ones": "MFT from equal scores", "mft-score": "MFT from signed Taylor",
     "mft-band": "MFT on the whole band", "mft-signed": "MFT signed", "mft-global": "MFT on all layers",
     "mft-l1": "MFT with L1", "mft-scaled": "MFT scaled", "movement": "movement pruning", "l0": "L0 gates",
 }
@@ -79,7 +80,7 @@ def label(variant: str) -> str:
     if name == "sparsegpt-update": return f"SparseGPT mask with update{after}"
     return f"{NAMES.get(name, name)} mask{after}"
 
-# %% ../nbs/62_names.ipynb #beaa8d2a
+# %% ../nbs/62_names.ipynb #19c2b058
 SHADES = (0., .45, -.4, .2, -.2)  # towards white, or black
 MARKERS = "osD^vPXhpd"
 MODE_MARKERS = dict(reset="<", rescale=">", best="*")

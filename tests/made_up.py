@@ -44,18 +44,21 @@ def manifest(folder, params, **facts):
 
 def make_study(runs, study="made-up", seeds=(0,), recipes=(), methods=METHODS, learners=LEARNERS, effects=None,
                examples=40, problems=20, layers=3, model="smollm2-135m-instruct", plus=False, answers=True,
-               extra=False):
+               extra=False, domains=(), benchmarks=("humaneval",), samples=1, tasks=(), old=False):
     """Write runs/<study>/{data,finetune,influence,learn_mask,evaluate}, and {sweep,truth,surface} when `extra`.
-    `effects`: variant -> shift of its losses against fft; a variant passes fewer problems the larger it is."""
+    `effects`: variant -> shift of its losses against fft; a variant passes fewer problems the larger it is.
+    `tasks`: what the harness ran, into harness/. `old`: rows without domain and benchmark, as the first studies had."""
     rng, folder, effects = np.random.default_rng(0), runs / study, effects or {}
-    manifest(folder / "data", dict(data_seed=0), metrics=dict(train=30, gradient=20, validation=examples))
+    named = [f"{d}=package:{d}" for d in domains]
+    manifest(folder / "data", dict(data_seed=0, sources=["package:numpy"], domains=named), metrics=dict(train=30, gradient=20, validation=examples))
     write_json(folder / "data/card.json", dict(
         study=study, contaminated=[dict(row="a", problem="HumanEval/3", evidence="shared words")],
         sources={"package:numpy": dict(version="2.4", licence="BSD-3-Clause", schema="functions with docstrings")},
         counts={"package:numpy": dict(records=100, clean=80, validation=examples, gradient=20, train=30)},
-        twins=dict(exact=1, near=2, all=[]), checked=dict(HumanEval="164 problems"), hashes={}, refused={}))
+        twins=dict(exact=1, near=2, all=[]), checked=dict(HumanEval="164 problems"), hashes={}, refused={})
+               | ({} if old else dict(checked=dict(HumanEval="164 problems", MBPP="974 problems", GSM8K="NOT CHECKED"),
+                                      contaminated_by=dict(HumanEval=1, MBPP=4))))
     ease, hard = rng.normal(1, .4, examples), rng.normal(0, 1, problems)
-    tasks = [f"HumanEval/{i * 164 // problems}" for i in range(problems)]
     stems = list(dict.fromkeys(m.split(".")[0] for m in methods))
     shift = lambda v: effects.get(v, effect_of(v))
     for seed in seeds:
@@ -70,9 +73,17 @@ def make_study(runs, study="made-up", seeds=(0,), recipes=(), methods=METHODS, l
             make_surface(folder / f"surface/seed{seed}", [v for v in variants if v != "wise"], shift)
         for variant in variants:
             if variant == "base" and seed != seeds[0]: continue
-            make_evaluation(folder / f"evaluate/{variant}-seed{seed}", variant, seed, shift(variant), ease, hard, tasks,
-                            plus, answers, np.random.default_rng([seed, *variant.encode()]))
+            rng = np.random.default_rng([seed, *variant.encode()])
+            make_evaluation(folder / f"evaluate/{variant}-seed{seed}", variant, seed, shift(variant), ease, hard,
+                            names(benchmarks, problems), plus, answers, rng, domains, samples, old)
+            if tasks: make_harness(folder / f"harness/{variant}-seed{seed}", variant, shift(variant), tasks, hard, rng)
     return folder
+
+
+def names(benchmarks, problems):
+    "(benchmark, task ids) of each benchmark, spread over all its tasks."
+    about = dict(humaneval=("HumanEval", 164), mbpp=("Mbpp", 974))
+    return [(b, [f"{about[b][0]}/{i * about[b][1] // problems}" for i in range(problems)]) for b in benchmarks]
 
 
 def curve(steps, per_step, low, seed):
@@ -212,23 +223,60 @@ def make_surface(folder, variants, shift):
     manifest(folder, dict(), metrics=dict())
 
 
-def make_evaluation(folder, variant, seed, effect, ease, hard, tasks, plus, answers, rng):
+NONE = dict.fromkeys(("completion", "code", "tokens", "cut", "passed", "base", "plus", "status", "reason", "seconds"))
+
+
+def make_evaluation(folder, variant, seed, effect, ease, hard, tasks, plus, answers, rng, domains, samples, old):
     losses = ease + effect + rng.normal(0, .02, len(ease))
-    passed = hard + .3 * effect + rng.normal(0, .15, len(hard)) < -.8
-    reference = .8 + .3 * hard + effect + rng.normal(0, .02, len(hard))
-    manifest(folder, dict(variant=variant, seed=seed, dtype="torch.float32"), metrics=dict(
-        corrections={"HumanEval/32": "evalplus fails every solution"}, examples=len(losses), problems=len(tasks),
+    sampled = dict(samples=samples, temperature=.8 if samples > 1 else 0., top_p=.95, ks=[1, 5] if samples > 1 else [1])
+    how = {} if old else dict(style="chat", benchmarks=[b for b, _ in tasks], **sampled)
+    manifest(folder, dict(variant=variant, seed=seed, dtype="torch.float32", max_new_tokens=256, **how), metrics=dict(
+        corrections={"HumanEval/32": "evalplus fails every solution"}, examples=len(losses), problems=len(hard),
         cut=1 if answers else None, tokens=999), sandbox=["net", "pid", "limit as"] if answers else [])
-    write_jsonl(folder / "losses.jsonl", [dict(example=i, loss=x) for i, x in enumerate(losses.tolist())])
-    code = f"def f():\n    return '{variant}'"
-    none = dict(completion=None, code=None, tokens=None, cut=None, passed=None, base=None, plus=None, status=None,
-                reason=None, seconds=None)
-    write_jsonl(folder / "problems.jsonl", [
-        dict(task_id=t, reference_loss=r) | (none if not answers else dict(
-            completion=f"```python\n{code}\n```", code=code, tokens=50, cut=False, passed=p, base=p,
-            plus=bool(p and rng.random() < .8) if plus else None, status="ok" if p else "wrong",
-            reason="" if p else "1 | 2 <script>alert(1)</script>", seconds=.1))
-        for t, r, p in zip(tasks, reference.tolist(), passed.tolist(), strict=True)])
+    found = [dict(example=i, loss=x, domain="") for i, x in enumerate(losses.tolist())]
+    for j, d in enumerate(domains):
+        shifted = ease + 1 + effect * (.3, 1.5, 0.)[j % 3] + rng.normal(0, .02, len(ease))
+        found += [dict(example=i, loss=x, domain=d) for i, x in enumerate(shifted.tolist())]
+    code, problems = f"def f():\n    return '{variant}'", []
+    for benchmark, ids in tasks:
+        solved = [hard + .3 * effect + rng.normal(0, .15, len(hard)) < -.8 for _ in range(samples)]
+        reference = .8 + .3 * hard + effect + rng.normal(0, .02, len(hard))
+        for i, task in enumerate(ids):
+            p = bool(solved[0][i])
+            row = dict(task_id=task, benchmark=benchmark, style="chat", n=samples, reference_loss=float(reference[i]))
+            if not answers:
+                problems.append(row | NONE)
+                continue
+            more = bool(p and rng.random() < .8) if plus else None
+            passes = sum(int(x[i]) for x in solved)
+            problems.append(row | dict(
+                completion=f"```python\n{code}\n```", code=code, tokens=50, cut=False, passed=p, base=p, plus=more,
+                passed_base=passes, passed_plus=None if more is None else min(passes, int(more)),
+                status="ok" if p else "wrong", reason="" if p else "1 | 2 <script>alert(1)</script>", seconds=.1))
+    if old: found, problems = ([{k: v for k, v in r.items() if k not in NEW} for r in rs] for rs in (found, problems))
+    write_jsonl(folder / "losses.jsonl", found)
+    write_jsonl(folder / "problems.jsonl", problems)
+
+
+NEW = ("domain", "benchmark", "style", "n", "passed_base", "passed_plus")  # what old rows do not have
+METRICS = dict(gsm8k=["flexible", "strict"], math=["exact_match", "math_verify"],
+               ifeval=["inst_level_loose", "inst_level_strict", "prompt_level_loose", "prompt_level_strict"])
+
+
+def make_harness(folder, variant, effect, tasks, hard, rng):
+    "Items as the harness stage writes them; of IFEval's prompts each third has three instructions."
+    items = []
+    for task in tasks:
+        right = hard + .3 * effect + rng.normal(0, .15, len(hard)) < 0
+        for metric in METRICS[task]:
+            several = metric.startswith("inst")
+            items += [dict(task=task, item=str(i), metric=metric, value=float(x) if i % 3 or not several else (x + 1) / 3,
+                           weight=3 if several and i % 3 == 0 else 1) for i, x in enumerate(right)]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "items.jsonl", items)
+    manifest(folder, dict(variant=variant, harness_tasks=list(tasks)), metrics=dict(
+        style="chat", limit=0, tasks={t: dict(num_fewshot=dict(gsm8k=8, math=4).get(t, 0), items=len(hard),
+                                              main=METRICS[t][0]) for t in tasks}))
 
 
 def rows(path):

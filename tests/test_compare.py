@@ -12,7 +12,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from mft_nb import report
-from mft_nb.compare import compare, crossed_mean, crossed_test, holm, mcnemar_p, mcnemar_power, outcomes, tango
+from mft_nb.compare import compare, crossed_mean, crossed_test, holm, mcnemar_p, mcnemar_power, tango
+from mft_nb.instruments import outcomes
 from mft_nb.mask import jaccard, load_mask, save_mask
 from mft_nb.mask_figures import overlaps
 from mft_nb.report import write_report
@@ -24,18 +25,20 @@ from mft_nb.wording import answer
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MFT_NB_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setattr(report, "load_humaneval", lambda: [
-        dict(task_id=f"HumanEval/{i}", prompt="def f():\n    'What?'\n") for i in range(164)])
+    monkeypatch.setattr(report, "load_problems", lambda benchmark, plus, plain: [
+        dict(task_id=f"{name}/{i}", prompt="def f():\n    'What?'\n") for name in ("HumanEval", "Mbpp")
+        for i in range(975)])
     return tmp_path / "runs"
 
 
 def make(runs, seeds=(0,), draws=500, recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS, **kw):
+    study = kw.get("study", "made-up")
     made_up.make_study(runs, seeds=seeds, recipes=recipes, methods=methods, learners=learners, **kw)
-    return compare("made-up", list(seeds), list(recipes), list(methods), list(learners), draws)
+    return compare(study, list(seeds), list(recipes), list(methods), list(learners), list(kw.get("tasks", ())), draws)
 
 
-def write(seeds=(0,), recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS):
-    return write_report("made-up", list(seeds), list(recipes), list(methods), list(learners))
+def write(seeds=(0,), recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS, **kw):
+    return write_report("made-up", list(seeds), list(recipes), list(methods), list(learners), **kw)
 
 
 def read(folder, name): return pd.read_csv(folder / name, dtype=dict(seed=str))
@@ -160,7 +163,7 @@ def test_a_mask_that_changes_nothing_is_no_difference(runs):
     for name in ("losses", "problems"):
         folder = runs / "made-up/evaluate"
         shutil.copy(folder / f"fft-seed0/{name}.jsonl", folder / f"sci-seed0/{name}.jsonl")
-    tests = read(compare("made-up", [0], [], made_up.METHODS, ["mft"], 200), "tests.csv")
+    tests = read(compare("made-up", [0], [], made_up.METHODS, ["mft"], [], 200), "tests.csv")
     found = tests.query("variant == 'sci' and against == 'fft'")
     assert (found.difference == 0).all() and (found.p == 1).all()
     flat = row(tests, "sci", "pass_at_1")
@@ -197,7 +200,7 @@ def test_the_report_is_whole(page, runs):
 
 def test_the_html_stands_alone_and_model_text_cannot_break_out(page):
     html = (page / "report.html").read_text()
-    assert html.count("data:image/png;base64") == len(list(page.glob("*.png"))) == 11
+    assert html.count("data:image/png;base64") == len(list(page.glob("*.png"))) == 12
     assert "<script" not in html and "src=\"http" not in html and "&lt;script&gt;" in html
 
 
@@ -281,3 +284,114 @@ def test_overlaps_agree_with_whole_masks(runs):
     whole = {m: load_mask(path) for m, path in files.items()}
     for r in overlaps(files).itertuples():
         assert r.jaccard == pytest.approx(jaccard(whole[r.a], whole[r.b]))
+
+
+WIDE = dict(domains=["prose", "math", "law"], benchmarks=["humaneval", "mbpp"], plus=True, tasks=["gsm8k", "ifeval"],
+            recipes=["lora"], problems=60)
+
+
+def test_everything_that_can_be_measured(runs):
+    folder = make(runs, **WIDE)
+    tests, table = read(folder, "tests.csv"), read(folder, "table.csv")
+    assert list(dict.fromkeys(table.instrument)) == [
+        "validation_loss", "reference_loss", "pass_at_1", "pass_at_1_plus", "reference_loss.mbpp", "pass_at_1.mbpp",
+        "pass_at_1_plus.mbpp", "gsm8k.flexible", "gsm8k.strict", "ifeval.inst_level_loose", "ifeval.inst_level_strict",
+        "ifeval.prompt_level_loose", "ifeval.prompt_level_strict", "loss.prose", "loss.math", "loss.law"]
+    how = table.drop_duplicates("instrument").set_index("instrument").how
+    assert how["pass_at_1"] == how["pass_at_1.mbpp"] == "chat prompt, greedy, at most 256 tokens"
+    assert how["gsm8k.flexible"] == "chat prompt with 8 examples, greedy, by lm-evaluation-harness"
+    assert how["loss.math"] == "unseen chats from package:math"
+    rows = [r for r in read_jsonl(runs / "made-up/evaluate/sci-seed0/losses.jsonl") if r["domain"] == "prose"]
+    sci = table.query("instrument == 'loss.prose' and variant == 'sci'").iloc[0]
+    assert sci.value == pytest.approx(np.mean([r["loss"] for r in rows])) and sci.n == 40
+    items = [r for r in read_jsonl(runs / "made-up/harness/sci-seed0/items.jsonl") if r["metric"] == "inst_level_loose"]
+    official = sum(r["value"] * r["weight"] for r in items) / sum(r["weight"] for r in items)
+    assert table.query("instrument == 'ifeval.inst_level_loose' and variant == 'sci'").value.item() == pytest.approx(
+        official)
+    assert pd.isna(row(tests, "sci", "ifeval.inst_level_loose").gained)  # shares flip nothing
+    assert row(tests, "sci", "gsm8k.flexible").gained >= 0
+    assert set(read(folder, "flips.csv").benchmark) == {"humaneval", "mbpp"}
+
+
+def test_the_report_of_a_wide_study(runs):
+    make(runs, **WIDE)
+    page = write(recipes=["lora"])
+    text = (page / "report.md").read_text()
+    for said in ("## Other domains", "## What a sceptic asks", "### MBPP", "### Tasks of the harness", "MBPP+ pass@1",
+                 "GSM8K (last number)", "chat prompt, greedy, at most 256 tokens", "found on examples from",
+                 "fine-tuning itself (FFT − base)", "loss on prose more than the loss on their own domain",
+                 "### Likelihood beside verdicts", "**Not checked: GSM8K and IFEval.**", "| MBPP | yes | 974 problems | 4 |",
+                 "an empty program fails", "On other domains it", "- HumanEval pass@1"):
+        assert said in text, said
+    pictures = {p.stem for p in page.glob("*.png")}
+    assert {"forest", "forest_mbpp", "forest_harness", "forest_domain", "flips", "flips_mbpp", "other_domains",
+            "two_instruments"} <= pictures
+    assert not re.search(r"\bnan\b", text)
+    assert set(re.findall(r"\]\((\w+)\.png\)", text)) == pictures
+
+
+def test_several_samples_give_pass_at_k(runs):
+    folder = make(runs, samples=10, problems=40)
+    tests, table = read(folder, "tests.csv"), read(folder, "table.csv")
+    passed = values(runs, "sci", "passed_base")
+    by_hand = {1: passed / 10, 5: 1 - np.array([stats.hypergeom.pmf(0, 10, c, 5) for c in passed])}
+    for k, value in by_hand.items():
+        found = table.query("instrument == @key and variant == 'sci'", local_dict=dict(key=f"pass_at_{k}")).iloc[0]
+        assert found.value == pytest.approx(value.mean()) and 0 <= found.low <= found.value <= found.high <= 1
+        assert pd.isna(found.passed) and "10 samples at temperature 0.8, top-p 0.95" in found.how
+    assert pd.isna(row(tests, "sci", "pass_at_5").get("gained"))
+    text = (write() / "report.md").read_text()
+    assert "HumanEval pass@5, %" in text and "of several samples the first" in text and "won / lost" not in text
+
+
+def test_variants_asked_in_other_ways_are_refused(runs):
+    make(runs)
+    path = runs / "made-up/evaluate/sci-seed0/manifest.json"
+    path.write_text(path.read_text().replace('"style": "chat"', '"style": "official"'))
+    with pytest.raises(ValueError, match="sci-seed0 were asked in different ways"):
+        compare("made-up", [0], [], made_up.METHODS, ["mft"], [], 100)
+
+
+def test_rows_of_the_first_studies_are_read(runs):
+    folder = make(runs, old=True, seeds=(0, 1))
+    assert set(read(folder, "table.csv").instrument) == {"validation_loss", "reference_loss", "pass_at_1"}
+    text = (write(seeds=(0, 1)) / "report.md").read_text()
+    assert "| HumanEval | yes | 164 problems | 1 |" in text and "## Other domains" not in text
+    assert "chat prompt, greedy, at most 256 tokens" in text
+
+
+def test_harness_runs_of_an_earlier_study_file_are_left_alone(runs):
+    made_up.make_study(runs, tasks=["gsm8k"])
+    folder = compare("made-up", [0], [], made_up.METHODS, ["mft"], [], 100)
+    assert not any(i.startswith("gsm8k") for i in read(folder, "table.csv").instrument)
+    assert "GSM8K (" not in (write() / "report.md").read_text()
+
+
+def test_the_harness_may_run_for_some_variants_only(runs):
+    made_up.make_study(runs, tasks=["gsm8k"])
+    for v in ("base", "random", "taylor"): shutil.rmtree(runs / f"made-up/harness/{v}-seed0")
+    folder = compare("made-up", [0], [], made_up.METHODS, ["mft"], ["gsm8k"], 100)
+    tests = read(folder, "tests.csv").query("instrument == 'gsm8k.flexible'")
+    assert list(tests.variant) == ["sci", "magnitude", "mft"] and (tests.family == 3).all()
+    text = (write() / "report.md").read_text()
+    assert "GSM8K (last number)" in text and not re.search(r"\bnan\b", text)
+
+
+def test_other_studies_stand_beside_this_one(runs):
+    make(runs, domains=["prose"])
+    make(runs, study="prose", domains=["code"])
+    text = (write(beside=["prose", "unborn"]) / "report.md").read_text()
+    table = text[text.index("### Across studies"):text.index("## What a sceptic asks")]
+    assert "| made-up | `smollm2-135m-instruct` | `package:numpy` | SCI |" in table and "\n| prose |" in table
+    assert "loss on code" in table and "loss on prose" in table and "models are not the same" not in table
+    assert "Not finished, and so not shown: unborn." in table
+
+
+@pytest.mark.parametrize("name", ["laptop", "laptop-full"])
+def test_tables_of_the_committed_studies_are_read(name):
+    from conftest import ROOT
+    from mft_nb.instruments import main_ones
+    from mft_nb.wording import yes_or_no
+    tests = read(ROOT / "figures" / name, "tests.csv")
+    assert main_ones(tests.instrument)[:2] == ["validation_loss", "reference_loss"]
+    assert yes_or_no(tests, ["mft", "sci"]) in (ROOT / "figures" / name / "report.md").read_text()
