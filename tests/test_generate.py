@@ -1,6 +1,10 @@
 "Generation against transformers' own, in every company; shapes, work done once, and the shape of samples."
 import functools
+import os
 import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,3 +223,30 @@ def test_guesses_that_come_true_save_passes_and_change_nothing():
     assert fast == answers(prompts, 80, model, static=True)
     written = [tokens for (rows, tokens), _ in w.seen][4:]  # after the probe and the reading
     assert len(written) < 60 and max(written) == 8
+
+
+# --- vLLM ------------------------------------------------------------------------------------------------------------
+
+def test_vllm_is_called_with_what_it_needs(monkeypatch, capsys):
+    "Against a stand-in: vLLM itself needs a GPU. It answers with all its tokens, ours cut them by the same rules."
+    seen = SimpleNamespace()
+
+    class LLM:
+        def __init__(self, model, **how): seen.folder, seen.how = Path(model), how | dict(files=os.listdir(model))
+        def generate(self, prompts, params):
+            seen.prompts, seen.params = prompts, params
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(70, 71, 10, 72, 2, 73))]) for _ in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **p: SimpleNamespace(**p)))
+    got = answers(PROMPTS[:2], 6, random_model("llama"), sampling=HOT, samples=2, backend="vllm",
+                  stop=lambda i, text: i == 1 and len(text) >= 2)
+    assert got == [[[70, 71, 10, 72]] * 2, [[70, 71]] * 2]
+    assert "config.json" in seen.how["files"] and seen.how["dtype"] == "float32" and not seen.folder.exists()
+    assert [p["prompt_token_ids"] for p in seen.prompts] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert {(p.temperature, p.top_p, p.max_tokens) for p in seen.params} == {(1., .9, 6)}
+    assert len({p.seed for p in seen.params}) == 4
+    assert "vLLM" in capsys.readouterr().out
+
+
+def test_vllm_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="vllm.*not installed"): answers(PROMPTS[:1], 2, backend="vllm")
