@@ -19,7 +19,8 @@ from mft_nb.study import all_parameters, check_study, declared, read_study, stag
 STUDIES = sorted((ROOT / "papermill_params").glob("*.yaml"))
 STAGES = {"10_data": "prepare_data", "20_finetune": "finetune", "30_influence": "influence",
           "31_learn_mask": "learn_mask", "35_sweep": "sweep", "36_truth": "truth", "40_apply_mask": "publish",
-          "41_surface": "surface", "50_evaluate": "evaluate", "60_compare": "compare", "70_report": "write_report"}
+          "41_surface": "surface", "50_evaluate": "evaluate", "52_harness": "harness", "60_compare": "compare",
+          "70_report": "write_report"}
 LISTS = {"20_finetune": {"recipes"}, "31_learn_mask": {"learners"}}  # of the study: the stage gets one at a time
 
 
