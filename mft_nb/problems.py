@@ -7,7 +7,7 @@ __all__ = ['RELEASES', 'PLUS', 'PLUS_FIELDS', 'TEST_SPLIT', 'AS_TUPLES', 'CONVER
            'unpacked', 'find_plus', 'plus_rows', 'load_humaneval_plus', 'assertion', 'mbpp_problem', 'load_mbpp',
            'mbpp_inputs', 'load_mbpp_plus', 'load_problems', 'described']
 
-# %% ../nbs/46_problems.ipynb #a714ceea
+# %% ../nbs/46_problems.ipynb #556bc663
 import ast
 import gzip
 import hashlib
@@ -24,7 +24,7 @@ from typing import Literal
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/46_problems.ipynb #bef37936
+# %% ../nbs/46_problems.ipynb #030aa3b6
 def load_humaneval() -> list[dict]:
     "The 164 problems in order: task_id, prompt, entry_point, canonical_solution, test. Raises PartError."
     wanted = PARTS["humaneval"].sha256
@@ -35,7 +35,7 @@ def load_humaneval() -> list[dict]:
     rows = map(json.loads, gzip.open(path, "rt", encoding="utf-8"))
     return [row | {"benchmark": "humaneval"} for row in rows]
 
-# %% ../nbs/46_problems.ipynb #33e5965c
+# %% ../nbs/46_problems.ipynb #208bb4e4
 @dataclass(frozen=True)
 class PlusFile:
     "A file of EvalPlus and where it may be found."
@@ -94,7 +94,7 @@ def find_plus(benchmark: str, path: str | Path | None = None) -> Path | None:
         return None
     return cached
 
-# %% ../nbs/46_problems.ipynb #2df2ce6f
+# %% ../nbs/46_problems.ipynb #d68699c0
 PLUS_FIELDS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
 
 
@@ -128,7 +128,7 @@ def load_humaneval_plus(path: str | Path | None = None) -> list[dict] | None:
             {"plus_solution": extra[p["task_id"]]["prompt"] + extra[p["task_id"]]["canonical_solution"],
              "plus_sha256": digest} for p in problems]
 
-# %% ../nbs/46_problems.ipynb #2499ee6e
+# %% ../nbs/46_problems.ipynb #65518e35
 TEST_SPLIT = range(11, 511)
 
 
@@ -176,7 +176,7 @@ def load_mbpp(
         raise ValueError(f"{path}: no task of MBPP's test split (numbers 11 to 510)")
     return problems
 
-# %% ../nbs/46_problems.ipynb #1e5b61d6
+# %% ../nbs/46_problems.ipynb #f6a3cc6c
 def _tuples(value): return tuple(map(_tuples, value)) if isinstance(value, list) else value
 def _each(convert): return lambda row: [convert(x) for x in row]
 def _first(convert): return lambda row: [convert(row[0]), *row[1:]]
@@ -203,7 +203,8 @@ CONVERSIONS = {number: convert for numbers, convert in AS_TUPLES.items() for num
 
 def mbpp_inputs(task_id: str, rows: list) -> list:
     "The arguments of an MBPP+ task as its solution expects them."
-    return [CONVERSIONS.get(int(task_id.split("/")[1]), list)(row) for row in rows]
+    convert = CONVERSIONS.get(int(task_id.split("/")[1]), list)
+    return [convert(row) for row in rows]
 
 
 def load_mbpp_plus(path: str | Path | None = None) -> list[dict] | None:
@@ -222,7 +223,7 @@ def load_mbpp_plus(path: str | Path | None = None) -> list[dict] | None:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: not a MBPP+ file ({type(error).__name__}: {error})") from error
 
-# %% ../nbs/46_problems.ipynb #c577d460
+# %% ../nbs/46_problems.ipynb #18fa3cbf
 Benchmark = Literal["humaneval", "mbpp"]
 
 

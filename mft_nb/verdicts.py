@@ -8,7 +8,7 @@ __all__ = ['LEFT', 'CORRECTIONS', 'SAME_SET', 'NOT_NONE', 'PLUS_LIMITS', 'LARGE'
            'is_zero', 'surface', 'digit_distance', 'passes', 'expected_values', 'run_inputs', 'run_suite', 'last_test',
            'check', 'journal_rows', 'write_down', 'score', 'tests_digest', 'pass_at_k']
 
-# %% ../nbs/46_verdicts.ipynb #3fd75ac0
+# %% ../nbs/46_verdicts.ipynb #d3ec9255
 import ast
 import json
 import math
@@ -32,7 +32,7 @@ from .problems import assertion
 from .sandbox import Box, Failure, Limits, protection
 from .study import hash_of, progress, settings
 
-# %% ../nbs/46_verdicts.ipynb #591cd966
+# %% ../nbs/46_verdicts.ipynb #18dc7c6c
 class Candidate:
     "The judged function as the tests see it: a call goes into the box; the last call and its value are remembered."
     def __init__(self, box: Box, name: str): self.box, self.name, self.call, self.value = box, name, "", None
@@ -83,7 +83,7 @@ def run_check(problem: dict, candidate) -> tuple[str, str]:
         return line[:300], f"{kind}{call} gave {shown(getattr(candidate, 'value', None))}"
     return "", ""
 
-# %% ../nbs/46_verdicts.ipynb #de2a406d
+# %% ../nbs/46_verdicts.ipynb #dbc37000
 LEFT = "__left_side__"
 
 
@@ -113,7 +113,7 @@ def run_assertions(problem: dict, candidate: Candidate, expected: list) -> tuple
             return problem["tests"][number][:300], f"gave {shown(value)}, expected {shown(wanted)}"
     return "", ""
 
-# %% ../nbs/46_verdicts.ipynb #511b8ba0
+# %% ../nbs/46_verdicts.ipynb #3aba1ac1
 CORRECTIONS = {
     "HumanEval/32": "evalplus 0.3.1 fails every solution of find_zero, because its branch skips the note of success; "
                     "here a value passes when |poly(value)| <= 1e-4",
@@ -187,10 +187,10 @@ def passes(problem: dict, arguments, value: Any, expected: Any, atol: float) -> 
     except Exception:  # not a number, not a collection: not right
         return False
 
-# %% ../nbs/46_verdicts.ipynb #c6c8b9a2
+# %% ../nbs/46_verdicts.ipynb #50eba11d
 PLUS_LIMITS = Limits(timeout_s=62, memory_mb=4096)
 LARGE = replace(PLUS_LIMITS, output_mb=32)  # two problems have answers of up to 13 MB
-EACH_S = 4.0  # time for one input
+EACH_S = 10.0  # time for one input; the slowest canonical answer takes 2 s on a quiet core
 
 
 def expected_values(problem: dict, mode: str | None = None) -> list:
@@ -231,7 +231,7 @@ def run_inputs(problem: dict, box: Box, expected: list) -> tuple[str, str]:
         raise
     return "", ""
 
-# %% ../nbs/46_verdicts.ipynb #11d40d44
+# %% ../nbs/46_verdicts.ipynb #7c36377b
 def run_suite(
     problem: dict,
     code: str,
@@ -285,7 +285,7 @@ def check(
     return {"task_id": problem["task_id"], "passed": passed, "base": base, "plus": passed if plus else None,
             "status": status, "failing": failing, "reason": reason, "seconds": round(time.monotonic() - started, 3)}
 
-# %% ../nbs/46_verdicts.ipynb #a604feab
+# %% ../nbs/46_verdicts.ipynb #7c99dbb9
 def journal_rows(path: Path | None) -> dict[str, dict]:
     "What a journal holds, by key; a half-written last line is cut off."
     if path is None or not path.exists(): return {}
@@ -337,7 +337,7 @@ def tests_digest(problem: dict) -> str:
     "A hash of what a problem's verdict depends on, beside the program."
     return hash_of([problem.get(field) for field in ("prompt", "test", "tests", "setup", "plus_sha256")])
 
-# %% ../nbs/46_verdicts.ipynb #7d8b2b6f
+# %% ../nbs/46_verdicts.ipynb #76fd95ba
 def pass_at_k(
     n,  # samples per problem: a number, or one per problem
     c,  # how many of them passed

@@ -1,28 +1,34 @@
 """HumanEval's verdicts: every canonical solution passes, every wrong one fails, no trick changes either."""
 import gzip
+import itertools
 import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mft_nb import humaneval
+from mft_nb import problems as loading
 from mft_nb.chat import code_request
-from mft_nb.humaneval import (
+from mft_nb.problems import find_plus, load_humaneval, load_humaneval_plus
+from mft_nb.sandbox import Box, Limits, SandboxUnavailable, protection
+from mft_nb.styles import chat_prompt, extract_code, preamble
+from mft_nb.verdicts import (
     CORRECTIONS,
-    chat_prompt,
     check,
     equal,
-    extract_code,
-    find_humaneval_plus,
-    load_humaneval,
-    load_humaneval_plus,
-    run_plus_tests,
+    journal_rows,
+    pass_at_k,
+    run_inputs,
     run_suite,
     score,
     shown,
     tolerances,
 )
-from mft_nb.sandbox import Box, Limits, SandboxUnavailable, protection
 
 PLUS_FILE = Path(__file__).parents[2] / "shared" / "data" / "humanevalplus" / "HumanEvalPlus.jsonl.gz"
 needs_plus = pytest.mark.skipif(not PLUS_FILE.exists(), reason="no ../shared/data/humanevalplus here")
@@ -87,8 +93,10 @@ def test_all_canonical_solutions_pass_plus(plus):
 def test_wrong_solutions_fail_plus(plus):
     "By the inputs of HumanEval+ alone, whatever base says."
     for problem in plus:
-        status, reason = run_suite(problem, f"def {problem['entry_point']}(*args): return None", "plus", mode=MODE)
+        nothing = f"def {problem['entry_point']}(*args): return None"
+        status, failing, reason = run_suite(problem, nothing, "plus", mode=MODE)
         assert status == "wrong" and "gave None" in reason, (problem["task_id"], status, reason)
+        assert failing and reason.startswith(failing)
 
 
 @needs_plus
@@ -114,7 +122,7 @@ def test_any_zero_of_the_polynomial_passes(problems, value, passes):
     "(x - 1)(x - 2)(x - 3): the canonical solution finds 1, another may find 3."
     problem = problems[32] | {"base_input": [[[-6, 11, -6, 1]]], "plus_input": [], "atol": 1e-4}
     with Box(f"def find_zero(xs): return {value!r}", "find_zero", Limits(), MODE) as box:
-        assert (run_plus_tests(problem, box, [1.0]) == "") == passes
+        assert (run_inputs(problem, box, [1.0]) == ("", "")) == passes
 
 
 def test_find_zero_cannot_bring_its_own_poly(problems):
@@ -210,7 +218,7 @@ def test_canonical_solutions_survive_the_way_through_an_answer(problems):
         start = problem["prompt"].index(f"def {problem['entry_point']}")
         program = extract_code(f"Here:\n```python\n{canonical(problem)[start:]}\n```\nDone.", problem)
         compile(program, problem["task_id"], "exec")
-        assert humaneval.preamble(problem) in program and f"def {problem['entry_point']}" in program
+        assert preamble(problem) in program and f"def {problem['entry_point']}" in program
     helped = [problems[i] for i in (10, 32, 38, 50)]
     programs = [extract_code(f"```\n{canonical(p)[p['prompt'].index('def ' + p['entry_point']):]}", p) for p in helped]
     assert all(v["passed"] for v in score(helped, programs, mode=MODE))
@@ -234,7 +242,7 @@ def test_programs_out_of_answers(problems):
 
 
 def test_plus_needs_plus_problems(problems):
-    with pytest.raises(ValueError, match="load_humaneval_plus"):
+    with pytest.raises(ValueError, match="has no plus_input"):
         check(problems[0], "", plus=True)
     with pytest.raises(ValueError, match="164 problems but 1 programs"):
         score(problems, [""])
@@ -243,7 +251,7 @@ def test_plus_needs_plus_problems(problems):
 def test_a_missing_or_malformed_plus_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", str(tmp_path / "absent.jsonl"))
     with pytest.raises(ValueError, match="does not exist"):
-        find_humaneval_plus()
+        find_plus("humaneval")
     (tmp_path / "bad.jsonl").write_text('{"task_id": "HumanEval/0"}\n')
     with pytest.raises(ValueError, match="not a HumanEval\\+ file"):
         load_humaneval_plus(tmp_path / "bad.jsonl")
@@ -252,10 +260,15 @@ def test_a_missing_or_malformed_plus_file_is_refused(tmp_path, monkeypatch):
         load_humaneval_plus(tmp_path / "worse.jsonl.gz")
 
 
+def from_elsewhere(monkeypatch, cache, benchmark, url):
+    "EvalPlus' file comes from another address, the cache lies in another folder."
+    monkeypatch.setitem(loading.PLUS, benchmark, replace(loading.PLUS[benchmark], url=url))
+    monkeypatch.setattr(loading, "settings", lambda: type("S", (), {"cache": cache})())
+
+
 def test_without_network_plus_is_none_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HUMANEVAL_OVERRIDE_PATH", raising=False)
-    monkeypatch.setattr(humaneval, "PLUS_URL", "http://127.0.0.1:9/absent")
-    monkeypatch.setattr(humaneval, "settings", lambda: type("S", (), {"cache": tmp_path})())
+    from_elsewhere(monkeypatch, tmp_path, "humaneval", "http://127.0.0.1:9/absent")
     assert load_humaneval_plus() is None
     assert "base tests only" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.gz*"))
@@ -264,10 +277,95 @@ def test_without_network_plus_is_none_and_says_so(tmp_path, monkeypatch, capsys)
 @needs_plus
 def test_a_download_is_kept_only_when_it_is_the_right_file(tmp_path, monkeypatch):
     monkeypatch.delenv("HUMANEVAL_OVERRIDE_PATH", raising=False)
-    monkeypatch.setattr(humaneval, "settings", lambda: type("S", (), {"cache": tmp_path})())
     other = tmp_path / "other.gz"
     other.write_bytes(gzip.compress(json.dumps({"task_id": "HumanEval/0"}).encode()))
-    monkeypatch.setattr(humaneval, "PLUS_URL", other.as_uri())
-    assert find_humaneval_plus() is None
-    monkeypatch.setattr(humaneval, "PLUS_URL", PLUS_FILE.as_uri())
-    assert find_humaneval_plus().read_bytes() == PLUS_FILE.read_bytes()
+    from_elsewhere(monkeypatch, tmp_path, "humaneval", other.as_uri())
+    assert find_plus("humaneval") is None
+    from_elsewhere(monkeypatch, tmp_path, "humaneval", PLUS_FILE.as_uri())
+    assert find_plus("humaneval").read_bytes() == PLUS_FILE.read_bytes()
+
+
+# --- verdicts are written down as they come ---------------------------------------------------------------------------
+
+def test_a_program_runs_once_however_often_it_was_written(problems, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("mft_nb.verdicts.check", lambda p, code, *_: ran.append((p["task_id"], code)) or dict(
+        task_id=p["task_id"], passed=code == "b"))
+    two = problems[:2]
+    asked = [(p, code) for p in two for code in ("a", "b", "a", "a")]
+    verdicts = score([p for p, _ in asked], [c for _, c in asked], mode=MODE, journal=tmp_path / "j.jsonl")
+    assert sorted(ran) == sorted({(p["task_id"], c) for p, c in asked}) and len(ran) == 4
+    assert [v["passed"] for v in verdicts] == [False, True, False, False] * 2
+    assert [v["task_id"] for v in verdicts] == [p["task_id"] for p, _ in asked]
+    score([p for p, _ in asked], [c for _, c in asked], mode=MODE, journal=tmp_path / "j.jsonl")
+    assert len(ran) == 4
+    score(two, ["a", "new"], mode=MODE, journal=tmp_path / "j.jsonl")
+    assert ran[4:] == [(two[1]["task_id"], "new")]
+
+
+def _score_until_killed(journal):
+    from mft_nb.problems import load_humaneval
+    problems = load_humaneval()[:40]
+    score(problems, [canonical(p) for p in problems], mode=MODE, journal=journal, workers=1)
+
+
+def test_scoring_survives_being_killed(problems, tmp_path):
+    "SIGKILL at three moments; each run goes on where the last one stood, and no program runs again."
+    journal, seen = tmp_path / "verdicts.jsonl", 0
+    for wanted in (3, 8, 14):
+        process = multiprocessing.get_context("spawn").Process(target=_score_until_killed, args=(journal,))
+        process.start()
+        for _ in range(1200):
+            time.sleep(0.05)
+            if journal.exists() and journal.read_bytes().count(b"\n") >= wanted: break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        lines = journal.read_text().splitlines()
+        assert len(lines) >= wanted > seen and process.exitcode == -signal.SIGKILL
+        seen = len(lines)
+    with open(journal, "a") as file: file.write('{"key": "abc", "task_id": "HumanEv')  # cut in half
+    verdicts = score(problems[:40], [canonical(p) for p in problems[:40]], mode=MODE, journal=journal)
+    assert all(v["passed"] for v in verdicts)
+    assert [v["task_id"] for v in verdicts] == [p["task_id"] for p in problems[:40]]
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(rows) == len({r["task_id"] for r in rows}) == 40
+
+
+def test_a_journal_of_other_tests_or_limits_is_not_believed(problems, tmp_path):
+    journal, wrong = tmp_path / "j.jsonl", f"def {problems[2]['entry_point']}(x): return 0"
+    score([problems[2]], [wrong], mode=MODE, journal=journal)
+    easier = problems[2] | dict(test="def check(candidate): pass")
+    assert score([easier], [wrong], mode=MODE, journal=journal)[0]["passed"]
+    score([problems[2]], [wrong], mode=MODE, journal=journal, timeout_s=7.0)
+    assert len(journal_rows(journal)) == 3
+
+
+def test_failing_test_and_reason_are_kept(problems):
+    problem = problems[2]
+    wrong = check(problem, f"def {problem['entry_point']}(x): return 7", mode=MODE)
+    assert wrong["failing"] in problem["test"] and wrong["reason"] == "truncate_number(3.5) gave 7"
+    error = check(problem, f"def {problem['entry_point']}(x): return x['a']", mode=MODE)
+    assert error["failing"] == "truncate_number(3.5)" and error["reason"].startswith("TypeError")
+    nothing = check(problem, "1 / 0", mode=MODE)
+    assert nothing["failing"] == "" and nothing["reason"].startswith("ZeroDivisionError")
+
+
+# --- pass@k -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_pass_at_k_is_the_share_of_draws_with_a_pass(n):
+    "By going through all ways to take k of n samples."
+    for c in range(n + 1):
+        samples = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            draws = [any(d) for d in itertools.combinations(samples, k)]
+            assert pass_at_k(n, c, k) == pytest.approx(np.mean(draws), abs=1e-12)
+
+
+def test_pass_at_k_is_that_of_evalplus():
+    evaluation = pytest.importorskip("evalplus.eval")
+    for k in (1, 10, 100):
+        theirs = evaluation.estimate_pass_at_k(200, list(range(201)), k)
+        assert np.allclose(pass_at_k(200, np.arange(201), k), theirs, atol=1e-12)
+    assert pass_at_k([4, 2], [1, 1], 2).tolist() == pytest.approx([0.5, 1.0])
+    with pytest.raises(ValueError, match="pass@3: found n = 2"): pass_at_k([4, 2], [1, 1], 3)

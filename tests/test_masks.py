@@ -23,7 +23,7 @@ from mft_nb.apply_mask import (
     write_masked,
 )
 from mft_nb.device import pick_device
-from mft_nb.evaluate import evaluate, summary
+from mft_nb.evaluate import evaluate
 from mft_nb.mask import (
     CHUNK,
     MODES,
@@ -477,8 +477,9 @@ def test_a_published_variant_is_the_loaded_one_in_any_dtype(study, name, dtype):
     assert ("pretrained values" in card) == (mode == "reset") and ("also changed" in card) == (name[:2] in ("so", "mo"))
 
 
-MEASURED = dict(model="tiny", seed=0, programs=True, problems=2, max_new_tokens=6, generation_batch_size=2,
-                max_tokens=1024, humaneval_plus="")
+MEASURED = dict(model="tiny", seed=0, programs=True, benchmarks=["humaneval"], style="chat", problems=2, samples=1,
+                temperature=0.0, top_p=1.0, ks=[1], max_new_tokens=6, generation_batch_size=2, max_tokens=1024,
+                humaneval_plus="", mbpp_plus="", mbpp="")
 
 
 @pytest.mark.parametrize("name", ["sci", "sci.reset", "sci.rescale", "sci.dare", "solved"])
@@ -500,18 +501,14 @@ def test_losses_alone(study, tmp_path):
     folder = evaluate("made", variant="sci", **MEASURED | dict(programs=False))
     manifest, rows = read_json(folder / "manifest.json"), read_jsonl(folder / "problems.jsonl")
     assert manifest["identity"] != kept[0]["identity"] and (folder / "losses.jsonl").read_bytes() == kept[2]
-    assert manifest["metrics"] == kept[0]["metrics"] | dict(passed=None, passed_plus=None, tokens=None, cut=None)
+    wanted = kept[0]["metrics"] | dict(tokens=None, cut=None)
+    answered = wanted["benchmarks"]["humaneval"]
+    wanted["benchmarks"] = {"humaneval": {k: answered[k] for k in ("problems", "reference_loss")}}
+    assert manifest["metrics"] == wanted
     for r, full in zip(rows, kept[1], strict=True):
-        asked = {k: full[k] if k in ("task_id", "reference_loss") else None for k in full}
-        assert r == asked
+        known = ("benchmark", "task_id", "style", "reference_loss")
+        assert r == {k: full[k] if k in known else None for k in full} | dict(n=0)
     assert manifest["sandbox"] == []
-
-
-def test_a_summary_counts_only_what_was_answered():
-    row = dict(task_id="x", reference_loss=2., base=True, plus=None, tokens=5, cut=False)
-    found = summary([1., 3.], [row, row | dict(base=False, tokens=7, cut=True)])
-    assert (found["passed"], found["passed_plus"], found["tokens"], found["cut"]) == (1, None, 12, 1)
-    assert summary([1.], [dict(task_id="x", reference_loss=2.)])["passed"] is None
 
 
 def test_the_identity_of_a_variant_follows_its_files(study, tmp_path):

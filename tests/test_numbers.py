@@ -20,15 +20,16 @@ from transformers import (
 from mft_nb.apply_mask import write_masked
 from mft_nb.chat import IGNORED, encode_rows
 from mft_nb.device import inference, pick_device
-from mft_nb.evaluate import reference_chat
-from mft_nb.humaneval import extract_code, load_humaneval, score
 from mft_nb.influence import from_layer
 from mft_nb.loss import collate, evaluate_losses, example_losses, head_is_plain, label_losses
 from mft_nb.mask import Mask, apply_mask, load_mask, save_mask
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
+from mft_nb.problems import load_humaneval
 from mft_nb.scores import METHODS, Evidence, collect, evidence_of, scores_of, whole_gradient
 from mft_nb.study import read_jsonl
+from mft_nb.styles import extract_code, reference_chat
 from mft_nb.train import ChatTrainer, MasterAdamW, last_checkpoint, make_trainer
+from mft_nb.verdicts import score
 
 CPU = pick_device("cpu", "float32")
 SIZES = dict(vocab_size=259, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,

@@ -498,7 +498,7 @@ def other(a, b): return True
     "import atexit, os\natexit.register(os.write, 1, b'{\"value\": 5}')",
     "import sys, io\nsys.stdout = sys.stderr = sys.stdin = io.StringIO()",
     "class M(type):\n    def __instancecheck__(c, o): return True\nint = M('int', (), {})",
-], ids=["encode", "answer", "modules", "json", "close", "frames", "trace", "builtins", "atexit", "streams", "isinstance"])
+], ids=["encode", "answer", "modules", "json", "close", "frames", "trace", "builtins", "atexit", "streams", "meta"])
 def test_the_box_itself_may_be_patched(mode, program):
     "A program may ruin its own side of the conversation; a wrong function stays wrong, for one call or another."
     run = run_sandboxed(program + "\ndef add(a, b): return a - b", timeout_s=5, entry_point="add",

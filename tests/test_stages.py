@@ -78,7 +78,7 @@ def test_other_code_runs_again_other_comments_do_not(tmp_path, monkeypatch):
 
 def test_the_code_of_a_stage_is_what_it_imports():
     names = lambda stage: {p.stem for p in study.code_of(stage)}
-    assert {"evaluate", "generate", "loss", "mask", "humaneval", "chat"} <= names("evaluate")
+    assert {"evaluate", "generate", "loss", "mask", "problems", "verdicts", "chat"} <= names("evaluate")
     assert {"finetune", "loss", "chat", "model"} <= names("finetune")
     assert not names("evaluate") & {"compare", "figures", "report", "data", "study"}
     assert "generate" not in names("finetune")
