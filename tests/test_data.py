@@ -502,6 +502,22 @@ def test_a_match_is_the_definition(problem, text):
     assert (index.match_text(" ".join(text)) is not None) == wanted
 
 
+def test_half_of_a_problems_runs_is_enough_and_less_is_not():
+    w = [chr(97 + i) * 2 for i in range(15)]  # 8 runs of 8 words
+    index = Benchmarks()
+    index.add("x/1", " ".join(w))
+    found = {n: index.match_text(" ".join(["before", *w[:n], "after"])) for n in (10, 11, 12)}
+    assert found == {10: None, 11: ("x/1", "4 of 8 runs of 8 words"), 12: ("x/1", "5 of 8 runs of 8 words")}
+
+
+def test_a_short_problem_is_found_when_it_is_all_that_is_said():
+    index = Benchmarks()
+    index.add("SST-2/3", "A charming, funny film .")
+    assert index.match_text("a charming funny film") == ("SST-2/3", "a charming funny film")
+    assert index.match_row(row("A charming funny film!", "x"))["SST-2"][0] == "SST-2/3"
+    assert index.match_text("It is a charming funny film") is None and index.match_text("") is None
+
+
 def test_words_of_other_scripts_are_words():
     texts = ["Столица Франции - Париж, а Германии - Берлин", "फ्रांस की राजधानी पेरिस है", "法国的首都是巴黎",
              "عاصمة فرنسا هي باريس"]
@@ -621,6 +637,8 @@ def test_a_domain_has_its_rows_and_no_twin_of_a_training_row(tmp_path):
     with pytest.raises(ValueError, match="domains: towns has 9 clean rows, domain_rows asks for 10"):
         prepare_data("towns", **{**params, "domain_rows": 10})
     before = {s: (folder / f"{s}.jsonl").read_bytes() for s in ("train", "gradient", "validation")}
+    some = read_jsonl(prepare_data("towns", **{**params, "domain_rows": 4}) / "domain-towns.jsonl")
+    assert some == rows[:4], "a smaller number takes the first of the same"
     prepare_data("towns", **{**params, "domains": []})
     assert before == {s: (folder / f"{s}.jsonl").read_bytes() for s in before}, "a domain moves no row of a split"
     assert not (folder / "domain-towns.jsonl").exists()
