@@ -103,6 +103,8 @@ HARNESSED = [done(f"harness/{stamp.parent.name}") for stamp in EVALUATED if P["h
 EVIDENCE = [done(f"{stage}/seed{s}") for stage, seeds, wanted in (
     ("sweep", SEEDS, SWEPT), ("truth", SEEDS[:1], TRUTH), ("surface", SEEDS[:1], P["surface_points"]))
             for s in seeds if wanted]
+# comparisons of other studies, where they are finished, for the table across studies
+BESIDE = [made for s in P["beside"] if s != STUDY and (made := settings().runs / s / "compare/manifest.json").exists()]
 
 
 CHAT = [done("data"), *(done(f"finetune/{r}-seed{s}") for s in SEEDS for r in RECIPE_RUNS),
@@ -110,7 +112,8 @@ CHAT = [done("data"), *(done(f"finetune/{r}-seed{s}") for s in SEEDS for r in RE
         *(done(f"learn_mask/{x}-seed{s}") for s in SEEDS for x in P["learners"]),
         *EVALUATED, *HARNESSED, *EVIDENCE, done("compare"), done("report")]
 MASKED = [done(f"classifier_masks/{level}-seed{s}") for s in SEEDS for level in checkpoints(P["levels"])]
-CLASSIFY = [done("sentences"), *(done(f"classifier/seed{s}") for s in SEEDS), *MASKED]
+CLASSIFY = [done("sentences"), *(done(f"classifier/seed{s}") for s in SEEDS), *MASKED, done("accuracy"),
+            done("classifier_report")]
 
 
 # every stage by name: a missing stamp below a report that is older would not count as missing
@@ -216,7 +219,7 @@ rule compare:
 
 
 rule report:
-    input: done("compare"), EVIDENCE, code_of("report")
+    input: done("compare"), EVIDENCE, BESIDE, code_of("report")
     output: done("report")
     params: parameters("70_report")
     message: "write the report"
@@ -249,3 +252,18 @@ rule classifier_masks:
     threads: SIDE_BY_SIDE
     message: "masks of the checkpoint {wildcards.level}, seed {wildcards.seed}"
     shell: run("33_classifier_masks", "classifier_masks-{wildcards.level}-seed{wildcards.seed}", "level", "seed")
+
+rule accuracy:
+    input: MASKED, code_of("accuracy")
+    output: done("accuracy")
+    params: parameters("61_accuracy")
+    message: "compare the masks of the classifier"
+    shell: run("61_accuracy", "accuracy")
+
+
+rule classifier_report:
+    input: done("accuracy"), code_of("classifier_report")
+    output: done("classifier_report")
+    params: parameters("72_classifier_report")
+    message: "write the report of the classifier"
+    shell: run("72_classifier_report", "classifier_report")

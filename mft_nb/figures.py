@@ -7,7 +7,7 @@ __all__ = ['STYLE', 'KINDS', 'styled', 'save_figure', 'by_family', 'heights', 'f
            'runs_in_words', 'spread_out', 'symlog_ticks', 'flip_strip', 'scan_plot', 'until', 'against_prediction',
            'from_zero', 'training_curve', 'widen', 'across', 'one_log', 'level_lines']
 
-# %% ../nbs/65_figures.ipynb #ff3c3c9a
+# %% ../nbs/65_figures.ipynb #53cd09fb
 from functools import wraps
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from .influence import holds_until
 from .instruments import instrument, main_ones
 from .names import FAMILIES, colour, family, in_order, label, marker, short
 
-# %% ../nbs/65_figures.ipynb #dbe0fb95
+# %% ../nbs/65_figures.ipynb #51bd28ac
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
          "figure.constrained_layout.use": True, "figure.titlesize": 10}
@@ -34,7 +34,7 @@ def styled(draw):
         with plt.rc_context(STYLE): return draw(*args, **kw)
     return inside
 
-# %% ../nbs/65_figures.ipynb #2cf5f6c1
+# %% ../nbs/65_figures.ipynb #5a082a0f
 def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     "Write <name>.png and <name>.svg, byte for byte reproducible, and close the figure; returns the PNG's path."
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> Path:
     plt.close(figure)
     return folder / f"{name}.png"
 
-# %% ../nbs/65_figures.ipynb #0d83ce6f
+# %% ../nbs/65_figures.ipynb #ad0311a4
 def by_family(tests: pd.DataFrame, variants: list[str]) -> list[str]:
     "Variants by family, within a family from the lowest loss to the highest."
     first = main_ones(tests.instrument)[0]
@@ -113,7 +113,8 @@ def forest_row(ax, rows: pd.DataFrame, y: float, scale: float, few: bool) -> Non
     ax.plot(r.difference * scale, y, marker(r.variant), ms=6.5 if few else 4.5, color=tint,
             mfc=tint if r.p_holm < ALPHA else "white", label=r.variant)
     ax.plot(runs.difference * scale, [y - .26] * len(runs), ".", ms=3.5 if few else 2, color=tint, alpha=.8)
-    if few: ax.annotate(f"{r.difference * scale:+.2g}".replace("-", "−"), (r.difference * scale, y), (0, 6),
+    size = f"{r.difference * scale:+.2g}".replace("-", "−") if abs(r.difference) > 1e-9 else "0"
+    if few: ax.annotate(size, (r.difference * scale, y), (0, 6),
                         textcoords="offset points", ha="center", fontsize=7.5)
 
 def runs_in_words(seeds: int) -> str:
@@ -135,7 +136,7 @@ def symlog_ticks(unit: float, low: float, high: float, n: int) -> list[float]:
     powers = 10. ** np.arange(last, first - 1, -max(1, np.ceil((last - first + 1) / n)))
     return sorted([0., *(p for p in powers if p <= high), *(-p for p in powers if p <= -low)])
 
-# %% ../nbs/65_figures.ipynb #64b6d51f
+# %% ../nbs/65_figures.ipynb #9c67cf4d
 KINDS = (("gained", "^", "#0173b2"), ("lost", "v", "#d55e00"))
 
 @styled
@@ -170,7 +171,7 @@ def flip_strip(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../nbs/65_figures.ipynb #ec616a76
+# %% ../nbs/65_figures.ipynb #654bf3d8
 @styled
 def scan_plot(
     scans: dict[int, pd.DataFrame],  # seed -> scan.csv of `influence`
@@ -227,7 +228,7 @@ def from_zero(axes, every: pd.DataFrame) -> None:
         ax.set_ylim(min(0, both.min() * 2), max(unit, both.max() * 2))
         ax.minorticks_off()
 
-# %% ../nbs/65_figures.ipynb #c2e9a955
+# %% ../nbs/65_figures.ipynb #4b3810fc
 @styled
 def training_curve(
     logs: dict[tuple[str, int], pd.DataFrame],  # (recipe or learner, seed) -> log: step, tokens, loss, eval_loss

@@ -7,7 +7,7 @@ __all__ = ['losses_elsewhere', 'scores', 'some_masks', 'changes_table', 'more_or
            'other_domains', 'by_chance', 'chance_table', 'knows_nothing', 'all_together', 'auc', 'they_say', 'pairs_of',
            'likelihood', 'used', 'contamination', 'scrutiny', 'draw_scrutiny']
 
-# %% ../nbs/69_scrutiny.ipynb #20a0b7fa
+# %% ../nbs/69_scrutiny.ipynb #e004461a
 import math
 from types import SimpleNamespace
 
@@ -21,9 +21,9 @@ from .facts import values
 from .instruments import BENCHMARKS, TASKS, instrument, main_ones
 from .names import in_order, label, short
 from .results import FEW, change_cell
-from .wording import listed, rows_against, turned, verdict
+from .wording import listed, measured, rows_against, turned, verdict
 
-# %% ../nbs/69_scrutiny.ipynb #ff58ebeb
+# %% ../nbs/69_scrutiny.ipynb #3c8a0c9e
 def losses_elsewhere(f) -> list[str]:
     "Keys of the losses of other domains."
     return [i for i in f.instruments if instrument(i).place == "domain"]
@@ -44,7 +44,10 @@ def changes_table(f, keys: list[str]) -> str:
     head = ["change by", *(f"{instrument(k).name}, {instrument(k).unit}" for k in keys)]
     found = [[name, *(change_cell(next((r for r in mine if r.instrument == k), None)) for k in keys)]
              for name, mine in rows.items()]
-    return markdown_table(head, [r for r in found if any(r[1:])])
+    every = f.tests[(f.tests.against == "fft") & (f.tests.seed == "all") & f.tests.variant.isin(f.masked)]
+    least = [every[every.instrument == k].detectable.median() for k in keys]
+    seen = ["*reliably seen from, median*", *(measured(k, x, unit=False) for k, x in zip(keys, least, strict=True))]
+    return markdown_table(head, [*(r for r in found if any(r[1:])), seen])
 
 def more_or_less(f, key: str) -> str:
     "How many masks change another domain more, or less, than their own; apart when their intervals do not overlap."
@@ -64,7 +67,7 @@ def found_on(sources: list[str]) -> str:
     "Where the examples came from that a mask was found on."
     return listed([f"`{s}`" for s in sources]) if sources else "the study's own sources"
 
-# %% ../nbs/69_scrutiny.ipynb #3beb9bdf
+# %% ../nbs/69_scrutiny.ipynb #3e202194
 def across_studies(f, title: str) -> str:
     "Masks of this and of other studies, each measured everywhere; empty without other studies."
     missing = f"Not finished, and so not shown: {listed(f.absent)}." if f.absent else ""
@@ -88,7 +91,7 @@ def across_studies(f, title: str) -> str:
         title, "Each mask against the fine-tuned model of its own study, on its own domain (validation loss) and on "
         f"others.{other}", markdown_table(head, rows), missing]))
 
-# %% ../nbs/69_scrutiny.ipynb #5ebc2071
+# %% ../nbs/69_scrutiny.ipynb #709e15ff
 def other_domains(f) -> str:
     "What masks of one domain do to others; empty when only one domain and one benchmark were measured."
     away, asked = losses_elsewhere(f), scores(f)
@@ -105,7 +108,7 @@ def other_domains(f) -> str:
     if len(asked) > 1: lines += ["Scores of benchmarks:", changes_table(f, asked)]
     return "\n\n".join(filter(None, [*lines, across_studies(f, "### Across studies")]))
 
-# %% ../nbs/69_scrutiny.ipynb #5277ff72
+# %% ../nbs/69_scrutiny.ipynb #fd3be75d
 def by_chance(key: str, vocabulary: int | None) -> str:
     "What a model that knows nothing would get."
     kind = instrument(key)
@@ -136,7 +139,7 @@ def knows_nothing(f) -> str:
         if none: lines.append(f"{instrument(key).name}: {listed(none) if len(none) <= 8 else f'{len(none)} masks'}")
     return f"Masks that leave nothing above chance: {'; '.join(lines)}." if lines else ""
 
-# %% ../nbs/69_scrutiny.ipynb #951ea36c
+# %% ../nbs/69_scrutiny.ipynb #2ae0002a
 def all_together(f) -> str:
     "How many significant differences remain when all masks and all instruments are one family."
     mine = f.tests[(f.tests.against == "fft") & (f.tests.seed == "all") & f.tests.variant.isin(f.masked)
@@ -149,7 +152,7 @@ def all_together(f) -> str:
             f"{mine.instrument.nunique()} instruments. {len(stars)} are significant when each instrument is corrected "
             f"by itself, {len(stars) - len(lost)} of them also when all are corrected together{gone}.")
 
-# %% ../nbs/69_scrutiny.ipynb #f14cf940
+# %% ../nbs/69_scrutiny.ipynb #6d1df556
 def auc(rows: list[dict]) -> tuple[float, float, int]:
     "Chance that a solved problem's reference loss is below an unsolved one's, its p, and how many were solved."
     solved = lambda r: r["passed_base"] > 0 if (r.get("n") or 1) > 1 else r["base"]
@@ -195,7 +198,7 @@ def likelihood(f) -> str:
     return "\n\n".join(["### Likelihood beside verdicts", *parts,
                         "![Change of the share solved against the change of the reference loss](two_instruments.png)"])
 
-# %% ../nbs/69_scrutiny.ipynb #cbbf526a
+# %% ../nbs/69_scrutiny.ipynb #7a747ef7
 def used(f) -> list[str]:
     "Names of the benchmarks that the study measures, as the data card calls them."
     places = {instrument(i).place for i in f.instruments}
@@ -220,7 +223,7 @@ def contamination(f) -> str:
                         "before is unknown; it would lift all variants alike.",
                         markdown_table(["benchmark", "measured here", "checked against", "rows removed"], rows)])
 
-# %% ../nbs/69_scrutiny.ipynb #770bb136
+# %% ../nbs/69_scrutiny.ipynb #3ee98a3f
 def scrutiny(f) -> str:
     "Chance, many tests, two instruments, contamination."
     return "\n\n".join(filter(None, [

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHOSEN', 'MANY', 'verdict', 'number', 'measured', 'interval', 'clause', 'deed', 'listed', 'headline', 'rows_against',
-           'at_home', 'elsewhere', 'told', 'answer', 'in_numbers', 'yes_or_no', 'beside_chance', 'tally',
-           'another_recipe', 'turned', 'fine_tuning']
+           'at_home', 'elsewhere', 'told', 'answer', 'yes_or_no', 'beside_chance', 'tally', 'another_recipe', 'turned',
+           'fine_tuning']
 
-# %% ../nbs/67_wording.ipynb #41575456
+# %% ../nbs/67_wording.ipynb #7c981d0a
 import math
 
 import pandas as pd
@@ -16,7 +16,7 @@ from .compare import ALPHA
 from .instruments import instrument, main_ones
 from .names import label, short, stem
 
-# %% ../nbs/67_wording.ipynb #b4f2f92d
+# %% ../nbs/67_wording.ipynb #19bc54cc
 def verdict(
     row,  # a row of tests.csv
 ) -> str:
@@ -24,7 +24,7 @@ def verdict(
     if not row.p_holm < ALPHA or row.difference == 0: return "none"
     return "helped" if row.difference * instrument(row.instrument).better > 0 else "hurt"
 
-# %% ../nbs/67_wording.ipynb #83a5ef45
+# %% ../nbs/67_wording.ipynb #29142958
 def number(value: float, signed: bool = False) -> str:
     "Three digits at most, a true minus sign."
     if pd.isna(value): return "unknown"
@@ -48,7 +48,7 @@ def interval(key: str, low: float, high: float) -> str:
     if pd.isna(low): return "no interval: one item"
     return f"95% interval {measured(key, low, True, False)} to {measured(key, high, True, False)}"
 
-# %% ../nbs/67_wording.ipynb #bb352f69
+# %% ../nbs/67_wording.ipynb #24f0a353
 def clause(row) -> str:
     "What happened to one instrument, with its uncertainty."
     kind, span = instrument(row.instrument), interval(row.instrument, row.low, row.high)
@@ -62,7 +62,7 @@ def clause(row) -> str:
     size = measured(row.instrument, abs(row.difference))
     return f"{kind.name} {way} by {size} (95% interval {low} to {high})"
 
-# %% ../nbs/67_wording.ipynb #38f56adf
+# %% ../nbs/67_wording.ipynb #f2062fa5
 CHOSEN = {"sci": "that Sign-Corrected Influence (SCI) calls most harmful",
           "taylor": "that signed Taylor calls most harmful", "magnitude": "of smallest magnitude",
           "random": "drawn at random", "mft": "that Mask Fine-Tuning (MFT) learned to switch off",
@@ -80,6 +80,8 @@ def listed(names: list[str]) -> str:
     "a, b and c."
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
+MANY = 4  # instruments up to which a sentence can hold all numbers
+
 def headline(rows: list) -> str:
     "What a mask did, over all instruments."
     found = {instrument(r.instrument).name: verdict(r) for r in rows}
@@ -89,7 +91,8 @@ def headline(rows: list) -> str:
         return f"made the model better in {listed(named['helped'])} and worse in {listed(named['hurt'])}"
     way, how = ("helped", "better") if named["helped"] else ("hurt", "worse")
     if not named["none"]: return f"made the model {how} by every measure"
-    return f"made the model {how} in {listed(named[way])}, with no detectable difference in {listed(named['none'])}"
+    rest = listed(named["none"]) if len(found) <= MANY else f"the other {len(named['none'])} measures"
+    return f"made the model {how} in {listed(named[way])}, with no detectable difference in {rest}"
 
 def rows_against(tests: pd.DataFrame, variant: str, against: str = "fft") -> list:
     "The pooled rows of one comparison, in the order of the instruments; of harness tasks the main metric."
@@ -106,8 +109,6 @@ def elsewhere(rows: list) -> str:
     away = [r for r in rows if instrument(r.instrument).place == "domain"]
     return f" On other domains it {headline(away)}." if away else ""
 
-MANY = 4  # instruments up to which a sentence can hold all numbers
-
 def told(rows: list) -> str:
     "The end of a sentence: what happened, in numbers if there are few, and what happened elsewhere."
     home = at_home(rows)
@@ -122,12 +123,6 @@ def answer(
     "What a mask did to the fine-tuned model, with its uncertainty: one sentence, two when other domains were measured."
     return f"{deed(variant, where)} {told(rows_against(tests, variant))}"
 
-def in_numbers(tests: pd.DataFrame, variant: str) -> str:
-    "The clauses that the answer leaves out, as a list."
-    rows = rows_against(tests, variant)
-    shown = rows if len(at_home(rows)) > MANY else [r for r in rows if instrument(r.instrument).place == "domain"]
-    return "\n".join([f"The {short(variant)} mask against FFT:\n", *(f"- {clause(r)}" for r in shown)]) if shown else ""
-
 def yes_or_no(tests: pd.DataFrame, variants: list[str]) -> str:
     "The shortest honest answer for the masks in question."
     found = {v: [(verdict(r), instrument(r.instrument).name) for r in at_home(rows_against(tests, v))]
@@ -140,7 +135,7 @@ def yes_or_no(tests: pd.DataFrame, variants: list[str]) -> str:
     if any({"helped", "hurt"} <= k for k in kinds.values()): return "It depends on the measure"
     return "No" if any("hurt" in k for k in kinds.values()) else "Nothing to be seen"
 
-# %% ../nbs/67_wording.ipynb #991d0cc6
+# %% ../nbs/67_wording.ipynb #fcb0f7d5
 def beside_chance(tests: pd.DataFrame, method: str) -> str:
     "How a mask compares with the random mask of the same size; empty when there is none."
     rows = rows_against(tests, method, "random")
@@ -150,10 +145,11 @@ def beside_chance(tests: pd.DataFrame, method: str) -> str:
              f"{measured(r.instrument, r.difference, True)}, {interval(r.instrument, r.low, r.high)})" for r in rows]
     if len(rows) > MANY:
         found = {k: [instrument(r.instrument).name for r in rows if verdict(r) == k] for k in words}
-        parts = [f"{words[k]} it in {listed(names)}" for k, names in found.items() if names]
+        rest = found["none"] if len(found["none"]) < 3 else [f"the other {len(found['none'])} measures"]
+        parts = [f"{words[k]} it in {listed(names)}" for k, names in (found | dict(none=rest)).items() if names]
     return f"Against a random mask of the same size, the {short(method)} mask is {listed(parts)}."
 
-# %% ../nbs/67_wording.ipynb #88df76fa
+# %% ../nbs/67_wording.ipynb #26c1e1b6
 def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     "How many masks help, hurt or show no detectable difference on each instrument."
     parts, mine = [], tests[(tests.against == against) & (tests.seed == "all") & tests.variant.isin(masks)]
@@ -168,7 +164,7 @@ def tally(tests: pd.DataFrame, masks: list[str], against: str = "fft") -> str:
     n = len(tests[(tests.against == against) & tests.variant.isin(masks)].variant.unique())
     return f"Of {n} mask{'s' * (n != 1)} against {than}, after Holm's correction: {'; '.join(parts)}."
 
-# %% ../nbs/67_wording.ipynb #eac20633
+# %% ../nbs/67_wording.ipynb #a7a975c5
 def another_recipe(tests: pd.DataFrame, recipe: str) -> str:
     "What another way of fine-tuning does against plain full fine-tuning, in one sentence."
     rows, words = rows_against(tests, recipe), label(recipe)

@@ -25,9 +25,9 @@ from mft_nb.wording import answer
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("MFT_NB_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setattr(report, "load_problems", lambda benchmark, plus, plain: [
-        dict(task_id=f"{name}/{i}", prompt="def f():\n    'What?'\n") for name in ("HumanEval", "Mbpp")
-        for i in range(975)])
+    asked = lambda name: [dict(task_id=f"{name}/{i}", prompt="def f():\n    'What?'\n") for i in range(975)]
+    monkeypatch.setattr(report, "load_humaneval", lambda: asked("HumanEval"))
+    monkeypatch.setattr(report, "load_problems", lambda benchmark, plus, plain: asked("Mbpp"))
     return tmp_path / "runs"
 
 
@@ -321,7 +321,8 @@ def test_the_report_of_a_wide_study(runs):
                  "GSM8K (last number)", "chat prompt, greedy, at most 256 tokens", "found on examples from",
                  "fine-tuning itself (FFT − base)", "loss on prose more than the loss on their own domain",
                  "### Likelihood beside verdicts", "**Not checked: GSM8K and IFEval.**", "| MBPP | yes | 974 problems | 4 |",
-                 "an empty program fails", "On other domains it", "- HumanEval pass@1"):
+                 "an empty program fails", "On other domains it", "the other", "All 5 masks of the study",
+                 "| measure | MFT − FFT | MFT − random | SCI − FFT | SCI − random | reliably seen against FFT from |"):
         assert said in text, said
     pictures = {p.stem for p in page.glob("*.png")}
     assert {"forest", "forest_mbpp", "forest_harness", "forest_domain", "flips", "flips_mbpp", "other_domains",
