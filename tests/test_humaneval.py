@@ -343,7 +343,7 @@ def test_a_journal_of_other_tests_or_limits_is_not_believed(problems, tmp_path):
 def test_failing_test_and_reason_are_kept(problems):
     problem = problems[2]
     wrong = check(problem, f"def {problem['entry_point']}(x): return 7", mode=MODE)
-    assert wrong["failing"] in problem["test"] and wrong["reason"] == "truncate_number(3.5) gave 7"
+    assert wrong["failing"] == "assert candidate(3.5) == 0.5" and wrong["reason"] == "truncate_number(3.5) gave 7"
     error = check(problem, f"def {problem['entry_point']}(x): return x['a']", mode=MODE)
     assert error["failing"] == "truncate_number(3.5)" and error["reason"].startswith("TypeError")
     nothing = check(problem, "1 / 0", mode=MODE)

@@ -94,7 +94,8 @@ TRICKS = {
     "open string": "def NAME(*a): return None\n'''", "open bracket": "def NAME(*a): return None\nx = [",
     "end": "def NAME(*a): return None\nraise SystemExit(0)",
     "patched lambda": "import builtins\nbuiltins.set = builtins.list = lambda *a: True\ndef NAME(*a): return None",
-    "frames": "import sys\ndef NAME(*a):\n    f = sys._getframe()\n    while f:\n        for v in f.f_locals.values():\n"
+    "frames": "import sys\ndef NAME(*a):\n    f = sys._getframe()\n    while f:\n"
+              "        for v in f.f_locals.values():\n"
               "            if v == 'EXPECTED': return v\n        f = f.f_back",
 }
 
