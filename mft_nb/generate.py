@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'Batch', 'write_plainly', 'write_with_vllm', 'rows_that_fit', 'generate', 'generate_batch']
 
-# %% ../nbs/47_generate.ipynb #5f49ffc8
+# %% ../nbs/47_generate.ipynb #40c80fce
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ from transformers import DynamicCache
 
 from .answers import Row, Rules, Sampling, stop_at, tokens_at_once
 from .device import Device, inference
-from .slots import Slots, attention_on, fits_slots
+from .slots import Slots, attention_on, fits_slots, packed_weights
 from .styles import block_closed as block_closed
 
-# %% ../nbs/47_generate.ipynb #28373cb7
+# %% ../nbs/47_generate.ipynb #70bd0d69
 class Batch:
     "Answers to many prompts on a fixed number of slots."
 
@@ -49,7 +49,7 @@ class Batch:
 
     def run(self) -> None:
         "Write all answers."
-        with attention_on(self.slots):
+        with attention_on(self.slots), packed_weights(self.slots.model):
             self.head = self._read_head()
             while self.waiting or any(self.rows):
                 self._refill()
@@ -172,7 +172,7 @@ class Batch:
         self._take([c[:1 + next((i for i in range(n - 1) if i >= len(g) or g[i] != c[i]), n - 1)]
                     for g, c in zip(guesses, chosen, strict=True)])
 
-# %% ../nbs/47_generate.ipynb #bed1ec32
+# %% ../nbs/47_generate.ipynb #e879f517
 def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, device: Device, batch_size: int,
                   done: Callable[[Row], None], update: Callable[[int], None]) -> None:
     "Write answers with the model's own cache, prompts of equal length together."
@@ -191,7 +191,7 @@ def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, devi
                     if r.ended: done(r)
                 if all(r.ended for r in some): break
 
-# %% ../nbs/47_generate.ipynb #483a2dc6
+# %% ../nbs/47_generate.ipynb #f8e89bda
 def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, done: Callable[[Row], None],
                     update: Callable[[int], None]) -> None:
     "Write answers with vLLM. Raises ValueError when it is not installed."
@@ -213,7 +213,7 @@ def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, do
         update(row.take(list(found.outputs[0].token_ids), rules))
         done(row)
 
-# %% ../nbs/47_generate.ipynb #aaa043ea
+# %% ../nbs/47_generate.ipynb #62aa8c73
 ROWS = dict(cpu=64, mps=32, cuda=256, xla=64)  # beyond these a larger batch is hardly faster
 
 def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
@@ -227,7 +227,7 @@ def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
                 xla=lambda: 16e9)[device.kind]()
     return int(min(ROWS[device.kind], max(1, free / 2 // row)))
 
-# %% ../nbs/47_generate.ipynb #c708f678
+# %% ../nbs/47_generate.ipynb #0dad5b75
 def generate(
     model: nn.Module,
     tokenizer,
@@ -265,7 +265,8 @@ def generate(
     batch_size = min(batch_size, len(rows))
     if why := fits_slots(model, device.device, probe=not static):
         print(f"answers are written the slower way, prompts of equal length together: {why}")
-        with inference(model): write_plainly(model, rows, rules, sampling, device, batch_size, finish, update)
+        with inference(model), packed_weights(model):
+            write_plainly(model, rows, rules, sampling, device, batch_size, finish, update)
         return found
     batch = Batch(model, prompts, rows, rules, sampling, device, batch_size, static, finish, update)
     with inference(model): batch.run()
@@ -276,7 +277,7 @@ def _ends(model: nn.Module) -> set[int]:
     ends = getattr(model.generation_config, "eos_token_id", None)
     return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
 
-# %% ../nbs/47_generate.ipynb #225585ca
+# %% ../nbs/47_generate.ipynb #d0564bc2
 def generate_batch(model, tokenizer, prompts, max_new_tokens, device,
                    finished: Callable[[int, str], bool] = lambda row, text: False,
                    check_every: int = 4, update: Callable[[int], None] = lambda n: None) -> list[list[int]]:

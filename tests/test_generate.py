@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_numbers import CPU, FAMILIES, random_model
+from torch.nn.utils import parametrize
 from transformers import TopPLogitsWarper
 
 from mft_nb.generate import Row, Rules, Sampling, generate
 from mft_nb.model import tiny_tokenizer
-from mft_nb.slots import fits_slots
+from mft_nb.slots import fits_slots, packed_weights
 
 ENDS = [2, *range(3, 259, 12)]  # so many end tokens that rows leave the batch at different times
 TOKENIZER = tiny_tokenizer()
@@ -223,6 +224,24 @@ def test_guesses_that_come_true_save_passes_and_change_nothing():
     assert fast == answers(prompts, 80, model, static=True)
     written = [tokens for (rows, tokens), _ in w.seen][4:]  # after the probe and the reading
     assert len(written) < 60 and max(written) == 8
+
+
+def test_packed_weights_are_those_of_the_moment_and_leave_no_trace():
+    "A mask that is applied, a bias, and layers of another kind; afterwards the model is as it was."
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3, bias=False), torch.nn.Embedding(2, 2))
+    model[0].weight.data[1] = 0
+    parametrize.register_parametrization(model[1], "weight", Half())
+    x = torch.randn(4, 7)
+    with torch.inference_mode():
+        wanted = model[1](model[0](x))
+        with packed_weights(model) as n: assert n == 2 and torch.allclose(model[1](model[0](x)), wanted, atol=1e-6)
+        assert torch.equal(model[1](model[0](x)), wanted)
+    with pytest.raises(KeyError), packed_weights(model): raise KeyError
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+class Half(torch.nn.Module):
+    def forward(self, x): return x / 2
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------
