@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import killing
 import pytest
@@ -154,6 +155,27 @@ def test_right_answers_score_one_and_wrong_ones_zero(task, files):
     for wrong in ("", "no, NEVER"):
         rows, _, own = score_task(scripted(lambda doc, wrong=wrong: wrong), task, files[task], 0, "official", 0)
         assert set(means(rows).values()) == {0.0} and set(own.values()) == {0.0}
+
+
+def test_a_bare_number_is_an_answer_for_the_flexible_metric_only(files):
+    pens = scripted(lambda doc: f"{doc['answer'].split('#### ')[1]} pens")
+    rows, _, own = score_task(pens, "gsm8k", files["gsm8k"], 0, "official", 0)
+    assert means(rows) == own == {"flexible": 1.0, "strict": 0.0}
+
+
+def test_writing_ends_at_a_stop_string(tiny, tmp_path):
+    "Not only the text is cut: the tokens behind it are never written."
+    net, tokenizer, where = tiny
+    lm = lambda name: harness_model(net, tokenizer, where, tmp_path / name)
+    ask = lambda text, stop: SimpleNamespace(args=(text, {"until": [stop], "max_gen_toks": 40, "do_sample": False}))
+    contexts = [f"Story {i}: " for i in range(12)]
+    texts = lm("whole.jsonl").generate_until([ask(c, "never said") for c in contexts])
+    context, whole, stop = next((c, t, x) for c, t in zip(contexts, texts, strict=True) for i, x in enumerate(t)
+                                if x.isascii() and x.isprintable() and x not in t[:i] and len(t) > 2 * i + 8)
+    assert lm("cut.jsonl").generate_until([ask(context, stop)]) == [whole.split(stop)[0]]
+    whole_tokens = read_jsonl(tmp_path / "whole.jsonl")
+    most = next(r["tokens"] for r in whole_tokens if r["text"].startswith(whole))
+    assert read_jsonl(tmp_path / "cut.jsonl")[0]["tokens"] < most
 
 
 def test_gold_answers_of_gsm8k_score_one():
