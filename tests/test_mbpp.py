@@ -253,11 +253,11 @@ def test_the_rules_cover_what_evalplus_names():
 def test_a_match_is_not_none(tmp_path, monkeypatch):
     "What a regular expression gives cannot leave the box; that it is something can."
     monkeypatch.setattr(verdicts, "settings", lambda: type("S", (), {"cache": tmp_path})())
-    code = "import re\ndef check_str(s): return re.match('[aeiou]', s)"
+    code = "import re\ndef check_str(s): return 0 if s == 'Else' else re.match('[aeiou]', s)"
     p = dict(benchmark="mbpp", task_id="Mbpp/461", prompt="", entry_point="check_str", canonical_solution=code, atol=0,
              plus_solution=code, base_input=[["annie"], ["dawood"]], plus_input=[["Else"]], plus_sha256="0" * 64)
     assert check(p, code, plus=True, mode=MODE)["passed"]
-    assert check(p, "def check_str(s): return s[0] in 'aeiou'", plus=True, mode=MODE)["passed"]
+    assert check(p, "def check_str(s): return s == 'Else' or s[0] in 'aeiou'", plus=True, mode=MODE)["passed"]
     assert not check(p, "import re\ndef check_str(s): return re.match('[a-z]', s)", plus=True, mode=MODE)["base"]
 
 
