@@ -337,7 +337,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mft_nb.generate.Batch.run': ('generate.html#batch.run', 'mft_nb/generate.py'),
                                  'mft_nb.generate._ends': ('generate.html#_ends', 'mft_nb/generate.py'),
                                  'mft_nb.generate.generate': ('generate.html#generate', 'mft_nb/generate.py'),
-                                 'mft_nb.generate.generate_batch': ('generate.html#generate_batch', 'mft_nb/generate.py'),
                                  'mft_nb.generate.rows_that_fit': ('generate.html#rows_that_fit', 'mft_nb/generate.py'),
                                  'mft_nb.generate.write_plainly': ('generate.html#write_plainly', 'mft_nb/generate.py'),
                                  'mft_nb.generate.write_with_vllm': ('generate.html#write_with_vllm', 'mft_nb/generate.py')},

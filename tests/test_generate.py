@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from test_numbers import CPU, FAMILIES, random_model
 from torch.nn.utils import parametrize
 from transformers import TopPLogitsWarper
 
-from mft_nb.generate import Row, Rules, Sampling, generate
+from mft_nb.answers import Row, Rules, Sampling
+from mft_nb.device import Device
+from mft_nb.generate import generate, rows_that_fit
 from mft_nb.model import tiny_tokenizer
 from mft_nb.slots import fits_slots, packed_weights
 
@@ -242,6 +245,31 @@ def test_packed_weights_are_those_of_the_moment_and_leave_no_trace():
 
 class Half(torch.nn.Module):
     def forward(self, x): return x / 2
+
+
+class Accelerator(Device):
+    "Behaves like a GPU: tokens are looked at every eight steps, and few free slots are not filled at once."
+    device = property(lambda self: torch.device("cpu"))
+    __str__ = object.__str__
+
+
+def test_an_accelerator_is_not_asked_for_every_token(monkeypatch):
+    where, looks, tolist = Accelerator("cuda", torch.float32, ""), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: looks.append(t.shape) or tolist(t))
+    got = generate(ending_model(), TOKENIZER, PROMPTS, 90, where, batch_size=4)
+    assert first(got) == plain_answers("llama", 90)
+    assert len(looks) <= sum(-(-len(a) // 8) + 1 for a in first(got))
+    hot = generate(ending_model(), TOKENIZER, PROMPTS, 30, where, batch_size=4, sampling=HOT, samples=3)
+    assert hot == answers(sampling=HOT, samples=3)
+
+
+def test_slots_follow_the_free_memory(monkeypatch):
+    model = random_model("llama")
+    def fit(gb):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=gb * 1e9))
+        return rows_that_fit(model, 1000, CPU)
+    row = 2 * 4 * 2 * 12 * 1000 * 4 + 16 * 259  # keys and values, layers, heads, width, tokens, bytes; logits
+    assert [fit(0), fit(6 * row / 1e9), fit(1000)] == [1, 3, 64]
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------
