@@ -294,7 +294,7 @@ def test_a_reference_answer_passes_out_of_its_style(style, tokenizer):
     for p in some:
         labels = reference(tokenizer, p, style)["labels"]
         answer = tokenizer.decode([i for i in labels if i != IGNORED], skip_special_tokens=True)
-        codes.append(program_of(answer + ("" if style == "chat" else "\n\nprint('more')\n"), p, style))
+        codes.append(program_of(answer + ("" if style == "chat" else "\n# That was it.\nGood luck!\n"), p, style))
     assert [v["task_id"] for v in score(some, codes, mode=MODE) if not v["passed"]] == []
 
 
