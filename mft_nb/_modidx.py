@@ -128,6 +128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mft_nb.classifier_report.one': ('classifier_report.html#one', 'mft_nb/classifier_report.py'),
                                           'mft_nb.classifier_report.opening': ( 'classifier_report.html#opening',
                                                                                 'mft_nb/classifier_report.py'),
+                                          'mft_nb.classifier_report.same_effort': ( 'classifier_report.html#same_effort',
+                                                                                    'mft_nb/classifier_report.py'),
                                           'mft_nb.classifier_report.seen_from': ( 'classifier_report.html#seen_from',
                                                                                   'mft_nb/classifier_report.py'),
                                           'mft_nb.classifier_report.write_classifier_report': ( 'classifier_report.html#write_classifier_report',

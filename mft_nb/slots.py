@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Where', 'SlotLayer', 'grouped_sdpa', 'attention_on', 'Slots', 'packed_weights', 'fits_slots']
 
-# %% ../nbs/43_slots.ipynb #219a2a55
+# %% ../nbs/43_slots.ipynb #bc62071f
 import contextlib
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .device import inference
 
-# %% ../nbs/43_slots.ipynb #0b7a025a
+# %% ../nbs/43_slots.ipynb #4ca45ddc
 class Where:
     "The address of the tokens of one forward pass, shared by all layers of the cache."
     slots: slice | torch.Tensor  # which slots the rows of the batch are: a slice (no copy) or their numbers
@@ -69,7 +69,7 @@ class SlotLayer(CacheLayerMixin):
         "Tokens per slot."
         return self.length
 
-# %% ../nbs/43_slots.ipynb #dcae2bdc
+# %% ../nbs/43_slots.ipynb #8a4587f0
 def grouped_sdpa(where: Where, module, query, key, value, attention_mask, **kw):
     "transformers' sdpa attention, reading shared key-value heads in place and no further than needed; one mask head."
     batch, heads, tokens, width = query.shape
@@ -97,7 +97,7 @@ def attention_on(slots: "Slots") -> Iterator[None]:
     finally:
         if before == "sdpa": model.set_attn_implementation(before)
 
-# %% ../nbs/43_slots.ipynb #89425cf5
+# %% ../nbs/43_slots.ipynb #1ff55e24
 class Slots:
     "A model on a cache of slots."
 
@@ -135,7 +135,7 @@ class Slots:
         source, target = (torch.tensor(x, device=self.device) for x in (source, target))
         for layer in self.cache.layers: layer.copy(source, target, length)
 
-# %% ../nbs/43_slots.ipynb #2ad1323c
+# %% ../nbs/43_slots.ipynb #17658ecd
 @contextlib.contextmanager
 def packed_weights(model: nn.Module) -> Iterator[int]:
     "Inside the block plain linear layers on a CPU use a packed copy of their weights, if memory allows; how many do."
@@ -156,7 +156,7 @@ def packed_weights(model: nn.Module) -> Iterator[int]:
 
 def _packed_linear(weight, bias, x): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-# %% ../nbs/43_slots.ipynb #02d3fb1e
+# %% ../nbs/43_slots.ipynb #c580b77a
 def fits_slots(model: nn.Module, device: torch.device, probe: bool = True) -> str:
     "Empty when the model can run on slots, else the reason why not."
     layers = DynamicCache(config=model.config).layers
@@ -169,7 +169,9 @@ def fits_slots(model: nn.Module, device: torch.device, probe: bool = True) -> st
         with inference(model), attention_on(slots):
             slots.forward(ids[:, :3], at[:, :3], 2, 3)
             found = slots.forward(torch.stack([ids[0, 3:5], ids[1, 1:3]]), torch.stack([at[0, 3:5], at[1, 1:3]]), 2, 5)
-        with inference(model): wanted = torch.stack([model(ids[:1]).logits[0, 3:5], model(ids[1:, :3]).logits[0, 1:3]])
+        with inference(model):
+            alone = [model(input_ids=ids[:1]).logits[0, 3:5], model(input_ids=ids[1:, :3]).logits[0, 1:3]]
+        wanted = torch.stack(alone)
     except Exception as e:  # whatever a foreign architecture makes of these arguments
         return f"it does not take positions and mask per row ({type(e).__name__}: {str(e).splitlines()[0][:80]})"
     worst = (found - wanted).abs().max().item() / wanted.abs().max().item()

@@ -22,6 +22,7 @@ from mft_nb.mask import Mask, save_mask, top_k
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
 from mft_nb.problems import load_humaneval
 from mft_nb.scores import collect
+from mft_nb.slots import packed_weights
 from mft_nb.sources import load_source
 from mft_nb.styles import prompt_ids, stop_rule
 from mft_nb.train import make_trainer
@@ -181,7 +182,14 @@ def bench_generation(tokenizer, limit: int = 256, batch_size: int = 82, every: i
     start = time.perf_counter()
     theirs = [a for i in range(0, len(prompts), batch_size) for a in plain(prompts[i:i + batch_size])]
     plain_seconds = time.perf_counter() - start
-    hook = net.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
+    head = net.get_output_embeddings().weight.numel()
+    body = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear)) - head
+
+    def count(module, args, kw):
+        tokens = kw["input_ids"].numel()
+        seen.append((tokens, 2 * tokens * body + 2 * head * (kw.get("logits_to_keep") or tokens)))
+
+    hook = net.register_forward_pre_hook(count, with_kwargs=True)
     start = time.perf_counter()
     ours = generate(net, tokenizer, prompts, limit, where, batch_size, stop=lambda i, text: rules[i](text))
     seconds = time.perf_counter() - start
@@ -190,9 +198,20 @@ def bench_generation(tokenizer, limit: int = 256, batch_size: int = 82, every: i
     row(f"generation: seconds of plain generate, against ours, {len(prompts)} answers",
         f"{plain_seconds / seconds:.2f}", f"at least 3; {seconds:.0f} s")
     row("generation: answers that are plain generate's, token by token", f"{same}/{len(prompts)}", "all")
-    reached = 2 * sum(w.numel() for w in net.parameters()) * sum(seen) / seconds
-    row("generation: FLOP/s (2 x weights x tokens), against a large matmul", f"{reached / matmul_flops(where):.2f}",
-        f"limit 1; {sum(seen)} tokens read, written or guessed")
+    tokens, flops = map(sum, zip(*seen, strict=True))
+    row("generation: FLOP/s of the linear layers, against one large packed one",
+        f"{flops / seconds / linear_flops(where):.2f}", f"limit 1; {tokens} tokens read, written or guessed")
+
+
+def linear_flops(where, n: int = 2048) -> float:
+    "FLOP/s of a large linear layer with packed weights."
+    layer = torch.nn.Linear(n, n, bias=False, dtype=where.dtype, device=where.device)
+    x = torch.randn(n, n, dtype=where.dtype, device=where.device)
+    with torch.inference_mode(), packed_weights(layer):
+        def product():
+            layer(x)
+            where.sync()
+        return 2 * n**3 / turns(product)[0]
 
 
 def bench_masks() -> None:
