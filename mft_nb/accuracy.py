@@ -6,7 +6,7 @@
 __all__ = ['BINARY', 'SIZED', 'answers_of', 'variants_of', 'families_at', 'all_values', 'all_tests', 'all_slopes',
            'compare_levels']
 
-# %% ../nbs/61_accuracy.ipynb #ffb78848
+# %% ../nbs/61_accuracy.ipynb #9f7d8cae
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from .classifier import Levels, checkpoints
 from .compare import ALPHA, difference_row, holm, runs_of, value_row
 from .study import Count, Seeds, StudyName, finished, open_stage, read_json, read_jsonl
 
-# %% ../nbs/61_accuracy.ipynb #84dce759
+# %% ../nbs/61_accuracy.ipynb #0549bd57
 BINARY = {"accuracy": True, "test_loss": False}
 
 def answers_of(study: str, levels: list[float], seeds: list[int]) -> dict[tuple[str, str, str], pd.DataFrame]:
@@ -40,7 +40,7 @@ def variants_of(tables: dict, level: str) -> list[str]:
     "Variants that were measured at a level, in their order."
     return [v for i, x, v in tables if (i, x) == ("accuracy", level)]
 
-# %% ../nbs/61_accuracy.ipynb #a6009fea
+# %% ../nbs/61_accuracy.ipynb #60183206
 SIZED = "random"  # the control of equal size
 
 def families_at(variants: list[str]) -> list[tuple[str, list[str]]]:
@@ -75,7 +75,7 @@ def all_tests(tables: dict, levels: list[float], seeds: list[int], draws: int) -
                     rows += [r | dict(p_holm=p) for r, p in zip(found, holm([r["p"] for r in found]), strict=True)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/61_accuracy.ipynb #e5fe61f3
+# %% ../nbs/61_accuracy.ipynb #306e2e1a
 def all_slopes(tables: dict, levels: list[float], seeds: list[int], draws: int) -> pd.DataFrame:
     "slopes.csv: effect of each mask at chance minus its effect at the highest level."
     weak, strong = checkpoints(levels)[0], checkpoints(levels)[-1]
@@ -89,7 +89,7 @@ def all_slopes(tables: dict, levels: list[float], seeds: list[int], draws: int) 
         rows += [r | dict(p_holm=p) for r, p in zip(found, holm([r["p"] for r in found]), strict=True)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/61_accuracy.ipynb #be4ef4ba
+# %% ../nbs/61_accuracy.ipynb #890cd23c
 def compare_levels(study: str, seeds: list[int], levels: list[float], bootstrap_draws: int) -> Path:
     "Compare the masks of a classifier at all levels; returns runs/<study>/accuracy. Parameters as in the cell above."
     params, sentences = dict(locals()), finished(study, "sentences")

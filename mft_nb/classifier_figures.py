@@ -6,7 +6,7 @@
 __all__ = ['CUT', 'called', 'checkpoint_in_words', 'level_forest', 'one_row', 'from_weak_to_strong', 'milestones_plot',
            'paths_plot']
 
-# %% ../nbs/71_classifier_figures.ipynb #a38503e7
+# %% ../nbs/71_classifier_figures.ipynb #ee4d3152
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from .figures import family_titles, forest_row, heights, runs_in_words, styled
 from .gates import LEARNERS
 from .names import colour, in_order, label, marker
 
-# %% ../nbs/71_classifier_figures.ipynb #a2d70330
+# %% ../nbs/71_classifier_figures.ipynb #961d2b0a
 def called(variant: str) -> str:
     "A variant of a classifier in words."
     if variant == "unmasked": return "no mask"
@@ -30,7 +30,7 @@ def checkpoint_in_words(level: str) -> str:
     "A checkpoint in words: at-75 is the one that reached 75%."
     return "untrained head" if level == CHANCE else f"reached {level.removeprefix('at-')}%"
 
-# %% ../nbs/71_classifier_figures.ipynb #d63aa71b
+# %% ../nbs/71_classifier_figures.ipynb #bef1df20
 CUT = 15.  # points
 
 @styled
@@ -82,7 +82,7 @@ def one_row(ax, rows: pd.DataFrame, y: float, scale: float, edge: float) -> None
     ax.annotate(f"{value:+.3g}".replace("-", "−"), (side * 1.08 * edge, y), (-7 * side, 0), fontsize=7,
                 textcoords="offset points", ha="left" if side < 0 else "right", va="center")
 
-# %% ../nbs/71_classifier_figures.ipynb #1e4a8998
+# %% ../nbs/71_classifier_figures.ipynb #c69ad0e3
 @styled
 def from_weak_to_strong(
     table: pd.DataFrame,  # table.csv of `accuracy`
@@ -117,7 +117,7 @@ def from_weak_to_strong(
     ax.grid(axis="y", color="0.94", lw=.6)
     return figure
 
-# %% ../nbs/71_classifier_figures.ipynb #bb9faed2
+# %% ../nbs/71_classifier_figures.ipynb #95336e8b
 @styled
 def milestones_plot(logs: dict[int, pd.DataFrame], kept: dict[int, dict], levels: list[float], study: str) -> Figure:
     "Validation accuracy over the steps of each run; squares are the checkpoints that were kept."
@@ -132,7 +132,7 @@ def milestones_plot(logs: dict[int, pd.DataFrame], kept: dict[int, dict], levels
     ax.legend()
     return figure
 
-# %% ../nbs/71_classifier_figures.ipynb #ce91adbf
+# %% ../nbs/71_classifier_figures.ipynb #e368d64f
 @styled
 def paths_plot(paths: dict[tuple[str, str, int], pd.DataFrame], levels: list[str], study: str) -> Figure:
     "Share of each learned mask that is its initial mask; (learner, level, seed) -> path.csv."

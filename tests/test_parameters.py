@@ -17,11 +17,14 @@ from mft_nb.settings import settings
 from mft_nb.study import all_parameters, check_study, declared, read_study, stage_notebooks
 
 STUDIES = sorted((ROOT / "papermill_params").glob("*.yaml"))
-STAGES = {"10_data": "prepare_data", "20_finetune": "finetune", "30_influence": "influence",
-          "31_learn_mask": "learn_mask", "35_sweep": "sweep", "36_truth": "truth", "40_apply_mask": "publish",
-          "41_surface": "surface", "50_evaluate": "evaluate", "52_harness": "harness", "60_compare": "compare",
-          "70_report": "write_report"}
-LISTS = {"20_finetune": {"recipes"}, "31_learn_mask": {"learners"}}  # of the study: the stage gets one at a time
+STAGES = {"10_data": "prepare_data", "11_sentences": "prepare_sentences", "20_finetune": "finetune",
+          "22_classifier": "train_classifier", "30_influence": "influence", "31_learn_mask": "learn_mask",
+          "33_classifier_masks": "mask_classifier", "35_sweep": "sweep", "36_truth": "truth",
+          "40_apply_mask": "publish", "41_surface": "surface", "50_evaluate": "evaluate", "52_harness": "harness",
+          "60_compare": "compare", "61_accuracy": "compare_levels", "70_report": "write_report",
+          "72_classifier_report": "write_classifier_report"}
+LISTS = {"20_finetune": {"recipes"}, "31_learn_mask": {"learners"},  # of the study: the stage gets one at a time
+         "11_sentences": {"task"}}  # it says which stages there are
 
 
 @pytest.fixture
