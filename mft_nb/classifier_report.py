@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED', 'DEV', 'SETTINGS', 'gather', 'one', 'change_cell', 'deed
            'beside_seed', 'effect_of_norm', 'every_mask', 'zeroed', 'seen_from', 'controls', 'same_effort',
            'how_it_ran', 'draw', 'write_classifier_report']
 
-# %% ../nbs/72_classifier_report.ipynb #2b5d52b4
+# %% ../nbs/72_classifier_report.ipynb #5685e2f9
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from .report import TINY, how_it_chooses, publish
 from .study import Seeds, StudyName, finished, open_stage, read_json, read_jsonl, settings
 from .wording import measured
 
-# %% ../nbs/72_classifier_report.ipynb #9721fe29
+# %% ../nbs/72_classifier_report.ipynb #5c6dfee4
 PUBLISHED = {CHANCE: (49.54, 53.78), "at-75": (77.98, 65.71), "at-90": (90.37, 87.04)}
 DEV = 872  # sentences of SST-2's dev set
 
@@ -62,7 +62,7 @@ def change_cell(row, key: str = "accuracy") -> str:
     low, high = (measured(key, x, True, False) for x in (row.low, row.high))
     return f"{measured(key, row.difference, True, False)} ({low} to {high}){' *' * (row.p_holm < ALPHA)}"
 
-# %% ../nbs/72_classifier_report.ipynb #65839835
+# %% ../nbs/72_classifier_report.ipynb #313944c4
 def deed(row) -> str:
     "What a mask does to accuracy at one checkpoint, in words."
     size = f"{measured('accuracy', abs(row.difference))} (95% interval " \
@@ -125,7 +125,7 @@ def headline(f) -> str:
             f"masks that were made at both ends, the whole pattern is seen for {len(both) or 'none'}"
             + (f": {', '.join(both)}." if both else "."))
 
-# %% ../nbs/72_classifier_report.ipynb #e2d64784
+# %% ../nbs/72_classifier_report.ipynb #225084db
 def beside_seed(f) -> str:
     "The published table and ours, checkpoint by checkpoint."
     shown = [v for v in ("mft-l1", "mft", "mft-blind", "mft-initial", "sci.all", "toward-zero.all") if v in f.variants]
@@ -174,7 +174,7 @@ def effect_of_norm(f) -> list[str]:
             "scores too, and knows nothing of the task.",
             "![How much of each learned mask is its initial mask](paths.png)"] if left else []
 
-# %% ../nbs/72_classifier_report.ipynb #2d69d2a4
+# %% ../nbs/72_classifier_report.ipynb #a7fc5809
 def every_mask(f) -> str:
     "Forest, tables of both instruments, slopes."
     parts = ["## Every mask", "![Changes of accuracy, one panel per checkpoint](forest.png)"]
@@ -239,8 +239,8 @@ def same_effort(f, steps: int) -> str:
     best, row = max(masked, key=lambda r: r[1].value)
     return (f"Learning a mask took {steps} steps, with the batch size of fine-tuning. Of the untrained head the best "
             f"learned mask ({called(best)}) made a classifier with {100 * row.value:.1f}% test accuracy. Plain "
-            f"fine-tuning had within as many steps a validation accuracy of {', '.join(found)}. A mask that helps a weak "
-            "checkpoint is training by other means, and has to be compared with training.")
+            f"fine-tuning had within as many steps a validation accuracy of {', '.join(found)}. A mask that helps a "
+            "weak checkpoint is training by other means, and has to be compared with training.")
 
 def how_it_ran(f) -> str:
     "Model, data, masks, machine."
@@ -268,7 +268,7 @@ def how_it_ran(f) -> str:
         markdown_table(["mask", "chooses", "source"], chooses),
         "All values and tests: `table.csv`, `tests.csv`, `slopes.csv`."])
 
-# %% ../nbs/72_classifier_report.ipynb #f506c493
+# %% ../nbs/72_classifier_report.ipynb #8fd164db
 def draw(f, folder: Path) -> None:
     "All figures of the report."
     logs = {s: pd.DataFrame(read_jsonl(finished(f.study, f"classifier/seed{s}") / "log.jsonl")) for s in f.seeds}
@@ -297,6 +297,5 @@ def write_classifier_report(study: str, seeds: list[int], levels: list[float]) -
         (stage.work / "report.html").write_text(to_html(text, stage.work, f"mft_nb: {study}"))
         for name in ("table.csv", "tests.csv", "slopes.csv"):
             shutil.copy(finished(study, "accuracy") / name, stage.work / name)
-        name = study if not f.tiny or study != "smoke" else f"{study}-classifier"  # the other task has a report too
-        publish(stage.work, settings().figures / name)
+        if study != "smoke": publish(stage.work, settings().figures / study)  # there the other task has its report
         return stage.finish(dict(answer=headline(f)))
