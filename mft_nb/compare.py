@@ -7,7 +7,7 @@ __all__ = ['ALPHA', 'POWER', 'wilson', 'mcnemar_p', 'tango', 'mcnemar_power', 'd
            'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'value_row', 'difference_row', 'families',
            'runs_of', 'kind_of', 'all_values', 'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #064061a0
+# %% ../nbs/60_compare.ipynb #126a7201
 from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
@@ -24,21 +24,21 @@ from .instruments import instrument, is_binary, measured_by, outcomes, protocols
 from .scores import Methods
 from .study import Count, Seeds, StudyName, open_stage
 
-# %% ../nbs/60_compare.ipynb #e17b53a3
+# %% ../nbs/60_compare.ipynb #c4ec595d
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #ceb75f29
+# %% ../nbs/60_compare.ipynb #83680010
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #027b0400
+# %% ../nbs/60_compare.ipynb #dd77f6eb
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #3b281313
+# %% ../nbs/60_compare.ipynb #8d097528
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -51,7 +51,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #afa1ebec
+# %% ../nbs/60_compare.ipynb #7d806c07
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -71,7 +71,7 @@ def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
     return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #a8f390e2
+# %% ../nbs/60_compare.ipynb #f2eedef1
 @lru_cache(maxsize=4)
 def resamples(n: int, draws: int, seed: int) -> np.ndarray:
     "How often each of n examples is drawn, for each resample: uint8 (draws x n)."
@@ -96,7 +96,7 @@ def bootstrap_mean(
     p = min(1., 2 * stats.t.cdf(stats.norm.ppf(min(tail, .5)) / wider, n - 1))
     return float(low), float(high), float(p), float(values.std(ddof=1) / n**.5)
 
-# %% ../nbs/60_compare.ipynb #feafc9f4
+# %% ../nbs/60_compare.ipynb #cf71bfd7
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -117,12 +117,12 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #8ea1f950
+# %% ../nbs/60_compare.ipynb #ed5af7f2
 def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
     "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
     return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
 
-# %% ../nbs/60_compare.ipynb #047f3585
+# %% ../nbs/60_compare.ipynb #ce16770d
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
     p, order = np.asarray(p, float), np.argsort(p, kind="stable")
@@ -130,7 +130,7 @@ def holm(p: list[float]) -> list[float]:
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted.tolist()
 
-# %% ../nbs/60_compare.ipynb #43463235
+# %% ../nbs/60_compare.ipynb #ca52d013
 def value_row(values: np.ndarray, binary: bool, draws: int, share: bool = False) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table; `share`: values from 0 to 1."
     S, n = values.shape
@@ -167,7 +167,7 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #0c8033ba
+# %% ../nbs/60_compare.ipynb #60e21e37
 def families(recipes: list[str], masks: list[str]) -> list[tuple[str, list[str]]]:
     "What is tested against what: (reference, variants), the families within which Holm counts."
     found = [("fft", ["base", *recipes]), ("fft", masks)]
@@ -223,7 +223,7 @@ def all_flips(tables: dict, variants: list[str], seeds: list[int]) -> pd.DataFra
                           benchmark=instrument(key).place) for task, x in change[change != 0].items()]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip", "benchmark"])
 
-# %% ../nbs/60_compare.ipynb #99b6d8a4
+# %% ../nbs/60_compare.ipynb #9ec1a15c
 def compare(
     study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str],
     harness_tasks: list[str], bootstrap_draws: int,

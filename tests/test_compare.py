@@ -396,3 +396,13 @@ def test_tables_of_the_committed_studies_are_read(name):
     tests = read(ROOT / "figures" / name, "tests.csv")
     assert main_ones(tests.instrument)[:2] == ["validation_loss", "reference_loss"]
     assert yes_or_no(tests, ["mft", "sci"]) in (ROOT / "figures" / name / "report.md").read_text()
+
+
+def test_a_new_harness_run_is_compared_again(runs):
+    make(runs, tasks=["gsm8k"])
+    folder = runs / "made-up/harness/sci-seed0"
+    write_jsonl(folder / "items.jsonl", [r | dict(value=0.) for r in read_jsonl(folder / "items.jsonl")])
+    made_up.manifest(folder, {}, metrics=dict(tasks={}), outputs={"items.jsonl": "another hash"})
+    again = compare("made-up", [0], [], made_up.METHODS, ["mft"], ["gsm8k"], 500)
+    found = read(again, "table.csv").query("instrument == 'gsm8k.flexible' and variant == 'sci'")
+    assert (found.value == 0).all()
