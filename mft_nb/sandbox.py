@@ -6,7 +6,7 @@
 __all__ = ['Limits', 'SandboxUnavailable', 'Failure', 'visible', 'Box', 'close', 'sandbox_mode', 'protection', 'Run',
            'run_sandboxed']
 
-# %% ../nbs/45_sandbox.ipynb #91ec84f1
+# %% ../nbs/45_sandbox.ipynb #0a82d835
 import contextlib
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from typing import Any
 
 from .box import decode, encode
 
-# %% ../nbs/45_sandbox.ipynb #a0031c03
+# %% ../nbs/45_sandbox.ipynb #f91dbfc4
 @dataclass(frozen=True)
 class Limits:
     "What one boxed program may use."
@@ -54,7 +54,7 @@ class Failure(Exception):
         super().__init__(f"{status}: {detail}" if detail else status)
         self.status, self.detail = status, detail
 
-# %% ../nbs/45_sandbox.ipynb #1e4b0427
+# %% ../nbs/45_sandbox.ipynb #df3130b9
 @cache
 def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
     "What the box sees: `binds` (path inside: path outside), `links`, and what to add to `path`."
@@ -80,7 +80,7 @@ def visible(packages: tuple[str, ...] = ()) -> dict[str, Any]:
               for found in sorted(Path(path).glob(pattern)) if found.is_dir()]
     return {"binds": binds, "hidden": hidden, "links": links, "path": ["/packages"] if packages else []}
 
-# %% ../nbs/45_sandbox.ipynb #c43a82b1
+# %% ../nbs/45_sandbox.ipynb #79e23842
 class Box:
     "One untrusted program in a box: `with Box(program, 'add') as box: box.call(2, 3)`."
     def __init__(
@@ -148,7 +148,7 @@ class Box:
         "Wall time since the start."
         return time.monotonic() - self.started
 
-# %% ../nbs/45_sandbox.ipynb #fb1f6d9b
+# %% ../nbs/45_sandbox.ipynb #a0e3f96b
 def _value(self: Box, answer: dict) -> Any:
     "The value in an answer, or the failure it reports."
     if "error" in answer:
@@ -230,7 +230,7 @@ def close(self: Box) -> None:
 
 Box._value, Box._answer, Box._ended, Box.close = _value, _answer, _ended, close
 
-# %% ../nbs/45_sandbox.ipynb #c0cef2aa
+# %% ../nbs/45_sandbox.ipynb #36c7589c
 def sandbox_mode() -> str:
     "What settings.ini says: isolated or limits."
     from mft_nb.study import settings
@@ -267,7 +267,7 @@ def protection(mode: str | None = None, quiet: bool = False) -> tuple[str, ...]:
         print(f"sandbox {mode}: {', '.join(names)}")
     return names
 
-# %% ../nbs/45_sandbox.ipynb #e40633ef
+# %% ../nbs/45_sandbox.ipynb #e01b2e1b
 @dataclass(frozen=True)
 class Run:
     "What came of one program."
