@@ -7,7 +7,7 @@ __all__ = ['ALPHA', 'POWER', 'wilson', 'mcnemar_p', 'tango', 'mcnemar_power', 'd
            'crossed_mean', 'crossed_test', 'crossed_binary', 'holm', 'value_row', 'difference_row', 'families',
            'runs_of', 'kind_of', 'all_values', 'all_tests', 'all_flips', 'compare']
 
-# %% ../nbs/60_compare.ipynb #126a7201
+# %% ../nbs/60_compare.ipynb #63c5600d
 from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
@@ -24,21 +24,21 @@ from .instruments import instrument, is_binary, measured_by, outcomes, protocols
 from .scores import Methods
 from .study import Count, Seeds, StudyName, open_stage
 
-# %% ../nbs/60_compare.ipynb #c4ec595d
+# %% ../nbs/60_compare.ipynb #d27dc856
 ALPHA, POWER = .05, .8
 
-# %% ../nbs/60_compare.ipynb #83680010
+# %% ../nbs/60_compare.ipynb #69ca2b36
 def wilson(passed: int, n: int) -> tuple[float, float]:
     "95% interval of a share (Wilson 1927)."
     low, high = proportion_confint(passed, n, ALPHA, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/60_compare.ipynb #dd77f6eb
+# %% ../nbs/60_compare.ipynb #f304838c
 def mcnemar_p(gained: int, lost: int) -> float:
     "Two-sided p of the exact McNemar test; 1 when nothing flipped."
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.
 
-# %% ../nbs/60_compare.ipynb #8d097528
+# %% ../nbs/60_compare.ipynb #d468c692
 def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     "95% interval of the difference of two paired shares (Tango 1998)."
     b, c, z, d = gained, lost, stats.norm.ppf(1 - ALPHA / 2), (gained - lost) / n
@@ -51,7 +51,7 @@ def tango(gained: int, lost: int, n: int) -> tuple[float, float]:
     high = optimize.brentq(lambda x: score(x) + z, d + near, edge) if d < 1 - near else 1.
     return low, high
 
-# %% ../nbs/60_compare.ipynb #7d806c07
+# %% ../nbs/60_compare.ipynb #0f14b6e2
 def mcnemar_power(
     net: int,  # true expected gain, problems
     flips: int,  # expected number of flips, at least |net|
@@ -71,7 +71,7 @@ def detectable_flips(n: int, flips: int, alpha: float = ALPHA) -> float:
     enough = bisect_left(range(1, n + 1), True, key=lambda k: mcnemar_power(k, max(flips, k), n, alpha) >= POWER) + 1
     return enough / n if enough <= n else float("nan")
 
-# %% ../nbs/60_compare.ipynb #f2eedef1
+# %% ../nbs/60_compare.ipynb #63693cca
 @lru_cache(maxsize=4)
 def resamples(n: int, draws: int, seed: int) -> np.ndarray:
     "How often each of n examples is drawn, for each resample: uint8 (draws x n)."
@@ -96,7 +96,7 @@ def bootstrap_mean(
     p = min(1., 2 * stats.t.cdf(stats.norm.ppf(min(tail, .5)) / wider, n - 1))
     return float(low), float(high), float(p), float(values.std(ddof=1) / n**.5)
 
-# %% ../nbs/60_compare.ipynb #cf71bfd7
+# %% ../nbs/60_compare.ipynb #78e9f810
 def crossed_mean(d: np.ndarray) -> tuple[float, float]:
     "Standard error of the mean of a (seeds x items) table, both random, and its degrees of freedom. Needs two of each."
     S, n = d.shape
@@ -117,12 +117,12 @@ def crossed_test(d: np.ndarray) -> tuple[float, float, float, float, float]:
     p = 2 * stats.t.sf(abs(mean) / se, free) if se else float(mean == 0)
     return float(mean - reach), float(mean + reach), float(p), se, free
 
-# %% ../nbs/60_compare.ipynb #ed5af7f2
+# %% ../nbs/60_compare.ipynb #a83d162b
 def crossed_binary(d: np.ndarray, imaginary: list[int]) -> tuple[float, float, float, float, float]:
     "`crossed_test` of a table of verdicts or of their differences, with imaginary items added to every run."
     return crossed_test(np.column_stack([d, np.tile(imaginary, (len(d), 1))]))
 
-# %% ../nbs/60_compare.ipynb #ce16770d
+# %% ../nbs/60_compare.ipynb #e0532b7d
 def holm(p: list[float]) -> list[float]:
     "p-values adjusted for the number of tests (Holm 1979)."
     p, order = np.asarray(p, float), np.argsort(p, kind="stable")
@@ -130,7 +130,7 @@ def holm(p: list[float]) -> list[float]:
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted.tolist()
 
-# %% ../nbs/60_compare.ipynb #ca52d013
+# %% ../nbs/60_compare.ipynb #3bb4eef1
 def value_row(values: np.ndarray, binary: bool, draws: int, share: bool = False) -> dict:
     "Value of a variant with its 95% interval, from a (seeds x items) table; `share`: values from 0 to 1."
     S, n = values.shape
@@ -167,7 +167,7 @@ def difference_row(
     return row | dict(low=low, high=high, p=p, covers="examples",
                       detectable=(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(POWER)) * se)
 
-# %% ../nbs/60_compare.ipynb #60e21e37
+# %% ../nbs/60_compare.ipynb #55d35bf2
 def families(recipes: list[str], masks: list[str]) -> list[tuple[str, list[str]]]:
     "What is tested against what: (reference, variants), the families within which Holm counts."
     found = [("fft", ["base", *recipes]), ("fft", masks)]
@@ -223,7 +223,7 @@ def all_flips(tables: dict, variants: list[str], seeds: list[int]) -> pd.DataFra
                           benchmark=instrument(key).place) for task, x in change[change != 0].items()]
     return pd.DataFrame(rows, columns=["variant", "seed", "task_id", "flip", "benchmark"])
 
-# %% ../nbs/60_compare.ipynb #9ec1a15c
+# %% ../nbs/60_compare.ipynb #10d8c7c5
 def compare(
     study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str],
     harness_tasks: list[str], bootstrap_draws: int,

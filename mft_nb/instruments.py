@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'TASKS', 'METRICS', 'MAIN', 'GROUPS', 'ASKED', 'Instrum
            'groups', 'evaluated', 'scored', 'harness_items', 'runs_there', 'outcomes', 'tables_of', 'values_of',
            'measured_by', 'is_binary', 'protocols', 'shots_of', 'protocol']
 
-# %% ../nbs/59_instruments.ipynb #a516f1ad
+# %% ../nbs/59_instruments.ipynb #44cffb51
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import pandas as pd
 from .study import finished, read_json, read_jsonl, settings
 from .verdicts import pass_at_k
 
-# %% ../nbs/59_instruments.ipynb #7f0131f2
+# %% ../nbs/59_instruments.ipynb #4ae77f80
 @dataclass(frozen=True)
 class Instrument:
     "Something that is measured on the same items for every variant."
@@ -56,7 +56,7 @@ def instrument(key: str) -> Instrument:
     if not where: raise ValueError(f"{key}: no such instrument")
     return share(f"{TASKS.get(what, what)} ({METRICS.get(where, where)})", "harness")
 
-# %% ../nbs/59_instruments.ipynb #db4d763f
+# %% ../nbs/59_instruments.ipynb #67b87b19
 def ordered(keys: Iterable[str]) -> list[str]:
     "Each key once: own domain, benchmarks, harness, other domains; within a benchmark losses first, then few to many."
     places = ["own", *BENCHMARKS, "harness", "domain"]
@@ -84,7 +84,7 @@ def groups(keys: Iterable[str]) -> dict[str, list[str]]:
     own, first = found.pop("own", []), next((p for p in (*BENCHMARKS, "harness") if p in found), None)
     return {"own": own + (found.pop(first) if first else []), **found}
 
-# %% ../nbs/59_instruments.ipynb #ac1cd0ff
+# %% ../nbs/59_instruments.ipynb #b2e42eed
 def evaluated(folder: Path) -> list[tuple[str, str, float]]:
     "Key, item and value of everything in the folder of one evaluation."
     rows = [(f"loss.{r['domain']}" if r.get("domain") else "validation_loss", str(r["example"]), r["loss"])
@@ -115,7 +115,7 @@ def harness_items(folder: Path) -> list[tuple[str, str, float]]:
     scale = table.weight / table.weight.groupby(key).transform("mean")
     return list(zip(key, table["item"].astype(str), table.value.astype(float) * scale, strict=True))
 
-# %% ../nbs/59_instruments.ipynb #a92abf0b
+# %% ../nbs/59_instruments.ipynb #6e7f8b7a
 def runs_there(study: str, stage: str, variants: list[str], seeds: list[int]) -> dict[tuple[str, int], Path]:
     "Folders of a stage by variant and seed; `base` has the first seed only: it has no fine-tuning seed."
     wanted = [(v, s) for v in variants for s in (seeds[:1] if v == "base" else seeds)]
@@ -160,7 +160,7 @@ def is_binary(tables: dict, instrument: str) -> bool:
     "Whether every item passes or fails, for every variant."
     return all(np.isin(t.to_numpy(), (0, 1)).all() for (name, _), t in tables.items() if name == instrument)
 
-# %% ../nbs/59_instruments.ipynb #b235db47
+# %% ../nbs/59_instruments.ipynb #3537db57
 ASKED = ("benchmarks", "style", "samples", "temperature", "top_p", "max_new_tokens")  # parameters of `evaluate`
 
 def protocols(study: str, variants: list[str], seeds: list[int], keys: Iterable[str]) -> dict[str, str]:
@@ -168,8 +168,7 @@ def protocols(study: str, variants: list[str], seeds: list[int], keys: Iterable[
     asked = {}
     for run, folder in runs_there(study, "evaluate", variants, seeds).items():
         manifest = read_json(folder / "manifest.json")
-        params, tested = manifest["params"], manifest.get("metrics", {}).get("benchmarks") or {}
-        data = {name: facts["data"] for name, facts in tested.items() if "data" in facts}  # which version, how many
+        params, data = manifest["params"], manifest["metrics"].get("data")  # which version, how many problems
         asked.setdefault(str([data, *(params.get(k) for k in ASKED)]), (run, params | dict(data=data)))
     if len(asked) > 1:
         raise ValueError(f"{study}: {' and '.join(f'{v}-seed{s}' for (v, s), _ in asked.values())} were asked in "

@@ -7,7 +7,7 @@ __all__ = ['losses_elsewhere', 'scores', 'some_masks', 'changes_table', 'more_or
            'other_domains', 'by_chance', 'chance_table', 'knows_nothing', 'all_together', 'auc', 'they_say', 'pairs_of',
            'likelihood', 'used', 'contamination', 'scrutiny', 'draw_scrutiny']
 
-# %% ../nbs/69_scrutiny.ipynb #e004461a
+# %% ../nbs/69_scrutiny.ipynb #d4ab4226
 import math
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from .names import in_order, label, short
 from .results import FEW, change_cell
 from .wording import listed, measured, rows_against, turned, verdict
 
-# %% ../nbs/69_scrutiny.ipynb #3c8a0c9e
+# %% ../nbs/69_scrutiny.ipynb #5386794f
 def losses_elsewhere(f) -> list[str]:
     "Keys of the losses of other domains."
     return [i for i in f.instruments if instrument(i).place == "domain"]
@@ -67,7 +67,7 @@ def found_on(sources: list[str]) -> str:
     "Where the examples came from that a mask was found on."
     return listed([f"`{s}`" for s in sources]) if sources else "the study's own sources"
 
-# %% ../nbs/69_scrutiny.ipynb #3e202194
+# %% ../nbs/69_scrutiny.ipynb #ee8d0367
 def across_studies(f, title: str) -> str:
     "Masks of this and of other studies, each measured everywhere; empty without other studies."
     missing = f"Not finished, and so not shown: {listed(f.absent)}." if f.absent else ""
@@ -91,7 +91,7 @@ def across_studies(f, title: str) -> str:
         title, "Each mask against the fine-tuned model of its own study, on its own domain (validation loss) and on "
         f"others.{other}", markdown_table(head, rows), missing]))
 
-# %% ../nbs/69_scrutiny.ipynb #709e15ff
+# %% ../nbs/69_scrutiny.ipynb #fb458158
 def other_domains(f) -> str:
     "What masks of one domain do to others; empty when only one domain and one benchmark were measured."
     away, asked = losses_elsewhere(f), scores(f)
@@ -108,7 +108,7 @@ def other_domains(f) -> str:
     if len(asked) > 1: lines += ["Scores of benchmarks:", changes_table(f, asked)]
     return "\n\n".join(filter(None, [*lines, across_studies(f, "### Across studies")]))
 
-# %% ../nbs/69_scrutiny.ipynb #fd3be75d
+# %% ../nbs/69_scrutiny.ipynb #a772ace8
 def by_chance(key: str, vocabulary: int | None) -> str:
     "What a model that knows nothing would get."
     kind = instrument(key)
@@ -136,10 +136,12 @@ def knows_nothing(f) -> str:
         found = values(f, key)
         if instrument(key).share: none = [short(v) for v in f.masked if found.get(v) == 0]
         else: none = [short(v) for v in f.masked if f.vocabulary and found.get(v, 0) >= math.log(f.vocabulary)]
-        if none: lines.append(f"{instrument(key).name}: {listed(none) if len(none) <= 8 else f'{len(none)} masks'}")
-    return f"Masks that leave nothing above chance: {'; '.join(lines)}." if lines else ""
+        too = " (FFT does not either)" if instrument(key).share and found.get("fft") == 0 else ""
+        named = listed(none) if 0 < len(none) <= 8 else f"{len(none)} masks"
+        if none: lines.append(f"{instrument(key).name}: {named}{too}")
+    return f"Masks with which the model does no better than chance: {'; '.join(lines)}." if lines else ""
 
-# %% ../nbs/69_scrutiny.ipynb #2ae0002a
+# %% ../nbs/69_scrutiny.ipynb #b22d3d15
 def all_together(f) -> str:
     "How many significant differences remain when all masks and all instruments are one family."
     mine = f.tests[(f.tests.against == "fft") & (f.tests.seed == "all") & f.tests.variant.isin(f.masked)
@@ -152,7 +154,7 @@ def all_together(f) -> str:
             f"{mine.instrument.nunique()} instruments. {len(stars)} are significant when each instrument is corrected "
             f"by itself, {len(stars) - len(lost)} of them also when all are corrected together{gone}.")
 
-# %% ../nbs/69_scrutiny.ipynb #6d1df556
+# %% ../nbs/69_scrutiny.ipynb #9ed26734
 def auc(rows: list[dict]) -> tuple[float, float, int]:
     "Chance that a solved problem's reference loss is below an unsolved one's, its p, and how many were solved."
     solved = lambda r: r["passed_base"] > 0 if (r.get("n") or 1) > 1 else r["base"]
@@ -198,7 +200,7 @@ def likelihood(f) -> str:
     return "\n\n".join(["### Likelihood beside verdicts", *parts,
                         "![Change of the share solved against the change of the reference loss](two_instruments.png)"])
 
-# %% ../nbs/69_scrutiny.ipynb #7a747ef7
+# %% ../nbs/69_scrutiny.ipynb #3c89f536
 def used(f) -> list[str]:
     "Names of the benchmarks that the study measures, as the data card calls them."
     places = {instrument(i).place for i in f.instruments}
@@ -223,7 +225,7 @@ def contamination(f) -> str:
                         "before is unknown; it would lift all variants alike.",
                         markdown_table(["benchmark", "measured here", "checked against", "rows removed"], rows)])
 
-# %% ../nbs/69_scrutiny.ipynb #3ee98a3f
+# %% ../nbs/69_scrutiny.ipynb #6b2890fc
 def scrutiny(f) -> str:
     "Chance, many tests, two instruments, contamination."
     return "\n\n".join(filter(None, [

@@ -231,6 +231,7 @@ def make_evaluation(folder, variant, seed, effect, ease, hard, tasks, plus, answ
     sampled = dict(samples=samples, temperature=.8 if samples > 1 else 0., top_p=.95, ks=[1, 5] if samples > 1 else [1])
     how = {} if old else dict(style="chat", benchmarks=[b for b, _ in tasks], **sampled)
     manifest(folder, dict(variant=variant, seed=seed, dtype="torch.float32", max_new_tokens=256, **how), metrics=dict(
+        **({} if old else dict(data={b: f"{b}, {len(ids)} problems" for b, ids in tasks})),
         corrections={"HumanEval/32": "evalplus fails every solution"}, examples=len(losses), problems=len(hard),
         cut=1 if answers else None, tokens=999), sandbox=["net", "pid", "limit as"] if answers else [])
     found = [dict(example=i, loss=x, domain="") for i, x in enumerate(losses.tolist())]

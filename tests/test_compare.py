@@ -298,7 +298,8 @@ def test_everything_that_can_be_measured(runs):
         "pass_at_1_plus.mbpp", "gsm8k.flexible", "gsm8k.strict", "ifeval.inst_level_loose", "ifeval.inst_level_strict",
         "ifeval.prompt_level_loose", "ifeval.prompt_level_strict", "loss.prose", "loss.math", "loss.law"]
     how = table.drop_duplicates("instrument").set_index("instrument").how
-    assert how["pass_at_1"] == how["pass_at_1.mbpp"] == "chat prompt, greedy, at most 256 tokens"
+    assert how["pass_at_1"] == "humaneval, 60 problems: chat prompt, greedy, at most 256 tokens"
+    assert how["pass_at_1_plus.mbpp"] == "mbpp, 60 problems: chat prompt, greedy, at most 256 tokens"
     assert how["gsm8k.flexible"] == "chat prompt with 8 examples, greedy, by lm-evaluation-harness"
     assert how["loss.math"] == "unseen chats from package:math"
     rows = [r for r in read_jsonl(runs / "made-up/evaluate/sci-seed0/losses.jsonl") if r["domain"] == "prose"]
