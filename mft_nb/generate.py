@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'Batch', 'write_plainly', 'write_with_vllm', 'rows_that_fit', 'generate']
 
-# %% ../nbs/47_generate.ipynb #ac8ff9f0
+# %% ../nbs/47_generate.ipynb #6698be2e
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from .answers import Row, Rules, Sampling, stop_at, tokens_at_once
 from .device import Device, inference
 from .slots import Slots, attention_on, fits_slots, packed_weights
 
-# %% ../nbs/47_generate.ipynb #c2e0d13e
+# %% ../nbs/47_generate.ipynb #166ecaac
 class Batch:
     "Answers to many prompts on a fixed number of slots."
 
@@ -171,7 +171,7 @@ class Batch:
         self._take([c[:1 + next((i for i in range(n - 1) if i >= len(g) or g[i] != c[i]), n - 1)]
                     for g, c in zip(guesses, chosen, strict=True)])
 
-# %% ../nbs/47_generate.ipynb #507afc53
+# %% ../nbs/47_generate.ipynb #f4f6b1ef
 def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, device: Device, batch_size: int,
                   done: Callable[[Row], None], update: Callable[[int], None]) -> None:
     "Write answers with the model's own cache, prompts of equal length together."
@@ -190,7 +190,7 @@ def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, devi
                     if r.ended: done(r)
                 if all(r.ended for r in some): break
 
-# %% ../nbs/47_generate.ipynb #a7bc99c7
+# %% ../nbs/47_generate.ipynb #a6403ed8
 def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, done: Callable[[Row], None],
                     update: Callable[[int], None]) -> None:
     "Write answers with vLLM. Raises ValueError when it is not installed."
@@ -212,7 +212,7 @@ def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, do
         update(row.take(list(found.outputs[0].token_ids), rules))
         done(row)
 
-# %% ../nbs/47_generate.ipynb #d6ff3923
+# %% ../nbs/47_generate.ipynb #a90df2a7
 ROWS = dict(cpu=64, mps=32, cuda=256, xla=64)  # beyond these a larger batch is hardly faster
 
 def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
@@ -226,7 +226,7 @@ def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
                 xla=lambda: 16e9)[device.kind]()
     return int(min(ROWS[device.kind], max(1, free / 2 // row)))
 
-# %% ../nbs/47_generate.ipynb #70a038dd
+# %% ../nbs/47_generate.ipynb #9312bbd4
 def generate(
     model: nn.Module,
     tokenizer,
