@@ -7,7 +7,7 @@ __all__ = ['OPTIONAL', 'stages_of', 'harness_tasks', 'tables', 'gather', 'logs_o
            'other_study', 'mask_size', 'band_words', 'layers_in_words', 'share_masked', 'where_masked', 'own_band',
            'values', 'mask_table', 'cost_table']
 
-# %% ../nbs/69_facts.ipynb #3c09566b
+# %% ../nbs/69_facts.ipynb #118d54c6
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from .names import family, label, stem
 from .study import finished, read_json, read_jsonl, settings
 from .wording import rows_against, verdict
 
-# %% ../nbs/69_facts.ipynb #5250d82d
+# %% ../nbs/69_facts.ipynb #0079fa8c
 OPTIONAL = ("sweep", "truth", "surface")  # stages that a study may leave out
 
 def stages_of(study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str]) -> list[str]:
@@ -47,7 +47,7 @@ def tables(study: str, stage: str, seeds: list[int], name: str) -> dict[int, pd.
              if p.exists() and p.stat().st_size > 1 and (p.parent / "manifest.json").exists()}
     return {s: t for s, t in found.items() if len(t)}
 
-# %% ../nbs/69_facts.ipynb #04df59d2
+# %% ../nbs/69_facts.ipynb #5e1ca883
 def gather(
     study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str], beside: list[str] = (),
 ) -> SimpleNamespace:
@@ -128,7 +128,7 @@ def mask_size(path: Path) -> dict:
     of = sum(int(np.prod(s)) for s in about["shapes"].values())
     return dict(masked=masked, asked=about["provenance"].get("asked", masked), of=of)
 
-# %% ../nbs/69_facts.ipynb #a1029a25
+# %% ../nbs/69_facts.ipynb #a4aab0c4
 def band_words(first: int, last: int) -> str:
     "19-21, or 2 for a single layer."
     return f"{first}" if first == last else f"{first}-{last}"
@@ -159,7 +159,7 @@ def values(f, key: str) -> dict[str, float]:
     "variant -> value of an instrument, all seeds together."
     return f.table[(f.table.instrument == key) & (f.table.seed == "all")].set_index("variant").value.to_dict()
 
-# %% ../nbs/69_facts.ipynb #82fe080a
+# %% ../nbs/69_facts.ipynb #86bede2e
 def mask_table(f) -> pd.DataFrame:
     "masks.csv: for each mask its size, and its changes in absolute numbers and relative to fine-tuning."
     rows, gain = [], {r.instrument: r.difference for r in rows_against(f.tests, "base")}
@@ -176,7 +176,7 @@ def mask_table(f) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../nbs/69_facts.ipynb #0ef93d2c
+# %% ../nbs/69_facts.ipynb #587e1a70
 def cost_table(f) -> pd.DataFrame:
     """Seconds, tokens and peak memory of making each variant, means over seeds. All scores come from one stage, and its
     tokens are estimated from the mean length of the training chats."""

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'NAMES', 'MODES', 'SHADES', 'MARKERS', 'MODE_MARKERS', 'Family', 'stem', 'family', 'in_order', 'short',
            'label', 'colour', 'marker']
 
-# %% ../nbs/62_names.ipynb #169ff1a1
+# %% ../nbs/62_names.ipynb #8d700004
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .finetune import RECIPES
 from .gates import LEARNERS
 from .scores import METHODS
 
-# %% ../nbs/62_names.ipynb #0bd66599
+# %% ../nbs/62_names.ipynb #95be40aa
 @dataclass(frozen=True)
 class Family:
     "A kind of variant."
@@ -50,7 +50,7 @@ def in_order(variants: list[str]) -> list[str]:
     "Variants by family, otherwise in the order given."
     return sorted(variants, key=lambda v: list(FAMILIES).index(family(v)))
 
-# %% ../nbs/62_names.ipynb #a74b69c4
+# %% ../nbs/62_names.ipynb #aafee1cd
 NAMES = {
     "base": "base model", "fft": "fine-tuned (FFT)", "continued": "continued FFT", "average": "average of checkpoints",
     "lora": "LoRA", "decay": "FFT with weight decay", "wise": "WiSE-FT", "dropout": "FFT with dropout",
@@ -80,7 +80,7 @@ def label(variant: str) -> str:
     if name == "sparsegpt-update": return f"SparseGPT mask with update{after}"
     return f"{NAMES.get(name, name)} mask{after}"
 
-# %% ../nbs/62_names.ipynb #19c2b058
+# %% ../nbs/62_names.ipynb #bd1c5a23
 SHADES = (0., .45, -.4, .2, -.2)  # towards white, or black
 MARKERS = "osD^vPXhpd"
 MODE_MARKERS = dict(reset="<", rescale=">", best="*")

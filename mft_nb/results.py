@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'value_cell', 'change_cell', 'results_table', 'tests_table', 'seen_from', 'many_measures', 'answer_table',
            'tally_table', 'flips_name', 'flips', 'cut_off', 'forest_name', 'results', 'how_taken']
 
-# %% ../nbs/69_results.ipynb #f575d7f3
+# %% ../nbs/69_results.ipynb #ff221354
 import pandas as pd
 
 from . import figures
@@ -16,7 +16,7 @@ from .instruments import BENCHMARKS, GROUPS, instrument
 from .names import FAMILIES, family, in_order, label, short
 from .wording import MANY, measured, rows_against, verdict
 
-# %% ../nbs/69_results.ipynb #427e9dcc
+# %% ../nbs/69_results.ipynb #c7e414d5
 FEW = 12  # variants up to which every number fits into one table
 
 def value_cell(row) -> str:
@@ -32,7 +32,7 @@ def change_cell(row) -> str:
     star = "" if verdict(row) == "none" else " *"
     return f"{measured(row.instrument, row.difference, True, False)} ({low} to {high}){star}"
 
-# %% ../nbs/69_results.ipynb #b1018ab0
+# %% ../nbs/69_results.ipynb #dbdcf56f
 def results_table(f, keys: list[str]) -> str:
     "One row for each variant: values, and changes against FFT, all seeds together; intervals of the values if few."
     few, there = len(f.variants) <= FEW, set(f.table[f.table.instrument.isin(keys)].variant)
@@ -75,7 +75,7 @@ def seen_from(f) -> str:
                                 f" (median {measured(i, d.median(), unit=False)})")
     return f"Reliably seen are differences, depending on the mask, from: {'; '.join(parts)}." if parts else ""
 
-# %% ../nbs/69_results.ipynb #0e543a1f
+# %% ../nbs/69_results.ipynb #a4401390
 def many_measures(f) -> bool:
     "Whether the numbers of the answer need a table; those of other domains have one anyway."
     return sum(instrument(i).place != "domain" for i in f.instruments) > MANY
@@ -105,7 +105,7 @@ def tally_table(f) -> str:
     return markdown_table(["measure", "helped", "hurt", "no detectable difference", "reliably seen from (median)"],
                           rows)
 
-# %% ../nbs/69_results.ipynb #0362e57d
+# %% ../nbs/69_results.ipynb #7d8e903c
 def flips_name(place: str) -> str:
     "The picture of a benchmark's flips."
     return "flips" if place == "humaneval" else f"flips_{place}"
@@ -126,7 +126,7 @@ def cut_off(f) -> str:
     some = dict.fromkeys(cut if len(cut) <= FEW else ["base", "fft", *f.focus, max(cut, key=cut.get)])
     return f"Answers cut off by the token limit: {', '.join(f'{label(v)} {cut[v]}' for v in some)}."
 
-# %% ../nbs/69_results.ipynb #b0a7ed42
+# %% ../nbs/69_results.ipynb #dc810169
 def forest_name(place: str) -> str:
     "The picture of a group of instruments."
     return "forest" if place == "own" else f"forest_{place}"
