@@ -303,7 +303,7 @@ def fence_files(readable: list[str], hidden: list[str], folder: str) -> list[str
         return []
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     ruleset = kernel(444, struct.pack("Q", every), 8, 0)
-    for path, access in [*(right for path in readable for right in rights(path, hidden)), (folder, every)]:
+    for path, access in [*(right for each in readable for right in rights(each, hidden)), (folder, every)]:
         with suppress(OSError):  # a link that leads nowhere
             fd = os.open(path, os.O_PATH)
             kernel(445, ruleset, 1, struct.pack("Qi", access, fd), 0)

@@ -24,6 +24,14 @@ SMALL = dict(train_per_source=4, gradient_per_source=6, validation_per_source=3,
              surface_examples=3, domains=["help=package:python-topics"], domain_rows=3)
 
 
+def best_mode() -> str:
+    "The strongest mode of the sandbox that this machine gives."
+    from mft_nb.sandbox import SandboxUnavailable, protection
+    try: protection("isolated", quiet=True)
+    except SandboxUnavailable: return "limits"
+    return "isolated"
+
+
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     "Nothing is ever written into the checkout's runs/ and figures/."

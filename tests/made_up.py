@@ -50,7 +50,8 @@ def make_study(runs, study="made-up", seeds=(0,), recipes=(), methods=METHODS, l
     `tasks`: what the harness ran, into harness/. `old`: rows without domain and benchmark, as the first studies had."""
     rng, folder, effects = np.random.default_rng(0), runs / study, effects or {}
     named = [f"{d}=package:{d}" for d in domains]
-    manifest(folder / "data", dict(data_seed=0, sources=["package:numpy"], domains=named), metrics=dict(train=30, gradient=20, validation=examples))
+    manifest(folder / "data", dict(data_seed=0, sources=["package:numpy"], domains=named),
+             metrics=dict(train=30, gradient=20, validation=examples))
     write_json(folder / "data/card.json", dict(
         study=study, contaminated=[dict(row="a", problem="HumanEval/3", evidence="shared words")],
         sources={"package:numpy": dict(version="2.4", licence="BSD-3-Clause", schema="functions with docstrings")},
@@ -271,7 +272,8 @@ def make_harness(folder, variant, effect, tasks, hard, rng):
         right = hard + .3 * effect + rng.normal(0, .15, len(hard)) < 0
         for metric in METRICS[task]:
             several = metric.startswith("inst")
-            items += [dict(task=task, item=str(i), metric=metric, value=float(x) if i % 3 or not several else (x + 1) / 3,
+            items += [dict(task=task, item=str(i), metric=metric,
+                           value=float(x) if i % 3 or not several else (x + 1) / 3,
                            weight=3 if several and i % 3 == 0 else 1) for i, x in enumerate(right)]
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "items.jsonl", items)

@@ -321,7 +321,8 @@ def test_the_report_of_a_wide_study(runs):
     for said in ("## Other domains", "## What a sceptic asks", "### MBPP", "### Tasks of the harness", "MBPP+ pass@1",
                  "GSM8K (last number)", "chat prompt, greedy, at most 256 tokens", "found on examples from",
                  "fine-tuning itself (FFT − base)", "loss on prose more than the loss on their own domain",
-                 "### Likelihood beside verdicts", "**Not checked: GSM8K and IFEval.**", "| MBPP | yes | 974 problems | 4 |",
+                 "### Likelihood beside verdicts", "**Not checked: GSM8K and IFEval.**",
+                 "| MBPP | yes | 974 problems | 4 |",
                  "an empty program fails", "On other domains it", "the other", "All 5 masks of the study",
                  "| measure | MFT − FFT | MFT − random | SCI − FFT | SCI − random | reliably seen against FFT from |"):
         assert said in text, said
@@ -392,6 +393,7 @@ def test_other_studies_stand_beside_this_one(runs):
 @pytest.mark.parametrize("name", ["laptop", "laptop-full"])
 def test_tables_of_the_committed_studies_are_read(name):
     from conftest import ROOT
+
     from mft_nb.instruments import main_ones
     from mft_nb.wording import yes_or_no
     tests = read(ROOT / "figures" / name, "tests.csv")

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import best_mode
 
 import mft_nb.evaluate as stage
 from mft_nb import verdicts
@@ -14,7 +15,6 @@ from mft_nb.generate import Sampling
 from mft_nb.loss import evaluate_losses
 from mft_nb.model import load_model, load_tokenizer
 from mft_nb.problems import load_humaneval
-from mft_nb.sandbox import SandboxUnavailable, protection
 from mft_nb.study import read_json, read_jsonl, write_jsonl
 from mft_nb.styles import prompt_ids, reference
 from mft_nb.verdicts import journal_rows
@@ -28,8 +28,7 @@ ALL = dict(model="tiny", seed=0, variant="base", programs=True, benchmarks=["hum
 @pytest.fixture
 def home(small, tmp_path, monkeypatch):
     "A study with data and nothing else; no network is asked for EvalPlus' files."
-    try: protection("isolated", quiet=True)
-    except SandboxUnavailable: monkeypatch.setenv("MFT_NB_SANDBOX", "limits")
+    monkeypatch.setenv("MFT_NB_SANDBOX", best_mode())
     monkeypatch.setattr("mft_nb.problems.find_plus", lambda *_: None)
     shutil.copytree(small.home / "runs/smoke/data", tmp_path / "runs/mine/data")
     return tmp_path / "runs/mine"

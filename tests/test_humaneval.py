@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import best_mode
 
 from mft_nb import problems as loading
 from mft_nb.chat import code_request
 from mft_nb.problems import find_plus, load_humaneval, load_humaneval_plus
-from mft_nb.sandbox import Box, Limits, SandboxUnavailable, protection
+from mft_nb.sandbox import Box, Limits
 from mft_nb.styles import chat_prompt, extract_code, preamble
 from mft_nb.verdicts import (
     CORRECTIONS,
@@ -34,14 +35,7 @@ PLUS_FILE = Path(__file__).parents[2] / "shared" / "data" / "humanevalplus" / "H
 needs_plus = pytest.mark.skipif(not PLUS_FILE.exists(), reason="no ../shared/data/humanevalplus here")
 
 
-def available() -> bool:
-    try:
-        return bool(protection("isolated", quiet=True))
-    except SandboxUnavailable:
-        return False
-
-
-MODE = "isolated" if available() else "limits"
+MODE = best_mode()
 
 
 @pytest.fixture(scope="module")

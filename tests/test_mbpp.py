@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import best_mode
 
 from mft_nb import problems as loading
 from mft_nb import verdicts
@@ -24,7 +25,6 @@ from mft_nb.problems import (
     mbpp_inputs,
     mbpp_problem,
 )
-from mft_nb.sandbox import SandboxUnavailable, protection
 from mft_nb.styles import (
     CODE_BLOCK,
     STOPS,
@@ -45,14 +45,7 @@ needs_file = pytest.mark.skipif(not FILE.exists(), reason="no ../shared/data/mbp
 STYLES = ("chat", "complete", "official")
 
 
-def available() -> bool:
-    try:
-        return bool(protection("isolated", quiet=True))
-    except SandboxUnavailable:
-        return False
-
-
-MODE = "isolated" if available() else "limits"
+MODE = best_mode()
 
 
 @pytest.fixture(scope="module")
