@@ -25,7 +25,7 @@ BIN    := .venv/bin
 study: .venv/ready  ## a whole study, from data to report
 	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY) threads=$(THREADS)
 	@$(BIN)/python -c "from mft_nb.settings import settings; s = settings(); \
-	  print('report: ', s.runs / '$(STUDY)/report/report.html'); print('figures:', s.figures / '$(STUDY)')"
+	  print('report: ', *(s.runs / '$(STUDY)').glob('*report/report.html')); print('figures:', s.figures / '$(STUDY)')"
 
 publish: .venv/ready  ## a masked checkpoint with its card: make publish STUDY=laptop VARIANT=sci
 	@$(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=$(STUDY) -- \
