@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMED', 'both', 'change_points', 'stretched', 'stretch', 'legend_beside', 'other_domains', 'two_instruments']
 
-# %% ../nbs/66_score_figures.ipynb #bfe8daa5
+# %% ../nbs/66_score_figures.ipynb #749b4555
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from .figures import styled, symlog_ticks
 from .instruments import instrument
 from .names import FAMILIES, colour, family, in_order, marker, short
 
-# %% ../nbs/66_score_figures.ipynb #12aa323b
+# %% ../nbs/66_score_figures.ipynb #a586e9ce
 NAMED = ("base", "continued", "lora", "mft", "sci", "taylor", "magnitude", "random")  # of many variants
 
 def both(tests: pd.DataFrame, x: str, y: str, variants: list[str]) -> pd.DataFrame:
@@ -56,7 +56,7 @@ def stretch(ax, table: pd.DataFrame, axis: str, unit: float | None) -> None:
     if not unit: return
     low, high = table[f"{axis}_low"].min(), table[f"{axis}_high"].max()
     getattr(ax, f"set_{axis}scale")("symlog", linthresh=unit)
-    ticks = symlog_ticks(unit / 10, low, high, 2)
+    ticks = symlog_ticks(unit / 3, low, high, 2)
     getattr(ax, f"set_{axis}ticks")(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
     getattr(ax, f"set_{axis}lim")(min(1.6 * low, -unit / 2), max(1.6 * high, unit / 2))
     ax.minorticks_off()
@@ -65,9 +65,9 @@ def legend_beside(figure, axes) -> None:
     "One legend for all panels: the variants that are named, then the rest by family."
     lines = {line.get_label(): line for ax in axes for line in ax.lines if not line.get_label().startswith("_")}
     names = sorted(lines, key=lambda name: name.startswith("other "))
-    figure.legend([lines[n] for n in names], names, loc="outside right upper", fontsize=7, markerscale=.8)
+    figure.legend([lines[n] for n in names], names, loc="outside right center", fontsize=7, markerscale=.8)
 
-# %% ../nbs/66_score_figures.ipynb #35367ab7
+# %% ../nbs/66_score_figures.ipynb #6da60bb4
 @styled
 def other_domains(
     tests: pd.DataFrame,  # tests.csv of `compare`
@@ -94,7 +94,7 @@ def other_domains(
                     "dashed: the same change on both; filled: significant on the other domain", x=.01, ha="left")
     return figure
 
-# %% ../nbs/66_score_figures.ipynb #f11ba31a
+# %% ../nbs/66_score_figures.ipynb #a2ee0e6b
 @styled
 def two_instruments(
     tests: pd.DataFrame,  # tests.csv of `compare`
