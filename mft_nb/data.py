@@ -7,7 +7,7 @@ __all__ = ['Answers', 'Quotas', 'Domains', 'BLOCK', 'SHINGLE', 'NEAR', 'quota', 
            'quality', 'shingles', 'jaccard', 'Twin', 'Twins', 'without_twins', 'ordered', 'split_rows', 'fit_rows',
            'domain_split', 'check', 'Clean', 'clean_rows', 'card_of', 'markdown_table', 'card_markdown', 'prepare_data']
 
-# %% ../nbs/10_data.ipynb #2a39dc99
+# %% ../nbs/10_data.ipynb #9cf0c6c5
 import ast
 import hashlib
 import re
@@ -20,8 +20,6 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from pydantic import AfterValidator
 
-from . import chat, contamination, functions, topics
-from . import sources as reading
 from .chat import code_answer
 from mft_nb.contamination import (
     LONG, SHARE, SHORT, Benchmarks, HarnessFiles, HarnessTasks, benchmarks, benchmark_of, benchmark_texts, files_of,
@@ -35,7 +33,7 @@ from mft_nb.study import (
     Count, OptionalFile, Seed, StudyName, checked, hash_of, open_stage, progress, sha256, write_json, write_jsonl,
 )
 
-# %% ../nbs/10_data.ipynb #81839675
+# %% ../nbs/10_data.ipynb #326c3bdd
 Answers = Literal["any", "python"]
 
 
@@ -65,7 +63,7 @@ def named_once(entries: list[str]) -> list[str]:
 Quotas = list[Annotated[str, AfterValidator(quota)]]
 Domains = Annotated[list[Annotated[str, AfterValidator(domain)]], AfterValidator(named_once)]
 
-# %% ../nbs/10_data.ipynb #58eafcb6
+# %% ../nbs/10_data.ipynb #4681afa3
 BLOCK = re.compile(r"```(?:python|py)\n(.*?)```", re.DOTALL)
 
 
@@ -108,7 +106,7 @@ def quality(
         raise ValueError("Python block does not compile")
     return row
 
-# %% ../nbs/10_data.ipynb #49128f57
+# %% ../nbs/10_data.ipynb #507610d2
 SHINGLE = 5  # words
 NEAR = 0.7  # Jaccard similarity from which two rows count as one
 
@@ -126,7 +124,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     both = len(np.intersect1d(a, b, assume_unique=True))
     return both / (len(a) + len(b) - both)
 
-# %% ../nbs/10_data.ipynb #68f919f1
+# %% ../nbs/10_data.ipynb #e950aaba
 class Twin(NamedTuple):
     "A row that was dropped for one that came before."
     row: str  # id
@@ -170,7 +168,7 @@ def without_twins(
             bar.update(1)
     return kept, twins
 
-# %% ../nbs/10_data.ipynb #03eb8c94
+# %% ../nbs/10_data.ipynb #428d663f
 def ordered(rows: list[dict], salt: str) -> list[dict]:
     "Rows in a random order that depends on the salt and each row's own id only."
     return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}/{row['id']}".encode()).digest())
@@ -201,7 +199,7 @@ def split_rows(
             + ". Lower the quotas, raise max_characters or choose other sources")
     return {split: ordered(found, f"{seed}/{split}") for split, found in splits.items()}
 
-# %% ../nbs/10_data.ipynb #2106cb84
+# %% ../nbs/10_data.ipynb #96ec1007
 def fit_rows(
     loaded, answers: Answers, shortest: int, longest: int,
 ) -> tuple[list[dict], Counter]:  # rows; reason -> records refused
@@ -232,7 +230,7 @@ def domain_split(
     return rows, {"source": source, "rows": n, "fit": len(fit), "twins": twins, "refused": dict(refused),
                   **loaded.facts}
 
-# %% ../nbs/10_data.ipynb #1434d194
+# %% ../nbs/10_data.ipynb #bdd6b792
 def check(params: dict) -> None:
     "Refuse what can be known before work starts: sources, files, limits, the embedded part. Raises ValueError."
     if params["min_characters"] >= params["max_characters"]:
@@ -260,7 +258,7 @@ def check(params: dict) -> None:
         except ValueError as e:
             raise ValueError(f"{'mbpp' if key == 'mbpp' else 'harness_files'}: {e}") from None
 
-# %% ../nbs/10_data.ipynb #11d2243e
+# %% ../nbs/10_data.ipynb #adedf0cd
 class Clean(NamedTuple):
     "Rows that may be used, and what happened to the others."
     rows: list[dict]
@@ -298,7 +296,7 @@ def clean_rows(
                     for row, found in hits.items() for problem, evidence in found.values()]
     return Clean(single, counts, reasons, examples, facts, twins, contaminated)
 
-# %% ../nbs/10_data.ipynb #48cfbbff
+# %% ../nbs/10_data.ipynb #2c27666d
 def card_of(
     study: str, clean: Clean,
     checked: dict[str, str],  # benchmark -> what was checked
@@ -318,7 +316,7 @@ def card_of(
             "hashes": {s: hash_of([row for row in clean.rows if row["source"] == s]) for s in counts},
             "example": min(splits["train"], key=lambda row: len(str(row["messages"])))}
 
-# %% ../nbs/10_data.ipynb #e75058de
+# %% ../nbs/10_data.ipynb #645cc585
 def markdown_table(head: list[str], rows: list[list]) -> str:
     "A Markdown table."
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
@@ -352,7 +350,7 @@ def card_markdown(card: dict) -> str:
             [[name, d["source"], d["rows"], d["licence"], d["twins"]] for name, d in card["domains"].items()]),
         "## One training row", *(f"**{m['role']}**\n\n{m['content']}" for m in card["example"]["messages"]), ""])
 
-# %% ../nbs/10_data.ipynb #77e9bd76
+# %% ../nbs/10_data.ipynb #fdbc8406
 @checked
 def prepare_data(
     study: StudyName, sources: Sources,
@@ -366,7 +364,6 @@ def prepare_data(
     named = dict(entry.split("=", 1) for entry in domains)
     files = {"mbpp": mbpp} | files_of(harness_tasks, harness_files)
     content = {source: fingerprint(source) for source in [*sources, *named.values()]}
-    content["readers"] = hash_of([sha256(m.__file__) for m in (chat, functions, topics, reading, contamination)])
     content["benchmarks"] = {key: sha256(source_file(file)) if file else "" for key, file in files.items()}
     with open_stage("data", study, params | {"content": content}) as stage:
         if stage.done:

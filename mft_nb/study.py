@@ -9,7 +9,7 @@ __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', '
            'read_jsonl', 'sha256', 'hash_of', 'versions', 'peak_memory_gb', 'disk_full', 'Stage', 'code_of',
            'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #8638f62d
+# %% ../nbs/00_study.ipynb #458bb694
 import ast
 import contextlib
 import errno
@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import random
-import re
 import resource
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 from .settings import check_folders, explain, git_revision, project_root, settings
 
-# %% ../nbs/00_study.ipynb #45942848
+# %% ../nbs/00_study.ipynb #34b5e416
 def no_repeats(items: list) -> list:
     "A list in which nothing stands twice."
     if twice := sorted({i for i in items if items.count(i) > 1}): raise ValueError(f"{twice[0]!r} stands there twice")
@@ -72,7 +71,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #84d69335
+# %% ../nbs/00_study.ipynb #59666b0a
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -101,7 +100,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #186411ac
+# %% ../nbs/00_study.ipynb #6b6ca356
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -115,7 +114,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #77c8617e
+# %% ../nbs/00_study.ipynb #eef66476
 def checked(stage_function):
     "Check the arguments of a stage function against its annotations. Raises ValueError with argument, found, allowed."
     strict = pydantic.validate_call(config=ConfigDict(strict=True))(stage_function)
@@ -127,7 +126,7 @@ def checked(stage_function):
             raise ValueError(explain(e, f"arguments of {stage_function.__name__}")) from None
     return wrapper
 
-# %% ../nbs/00_study.ipynb #5e8f40cd
+# %% ../nbs/00_study.ipynb #4de17b43
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -158,7 +157,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #b452682b
+# %% ../nbs/00_study.ipynb #c972b55c
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -171,7 +170,7 @@ def check_study(path: str | Path) -> dict:
             raise ValueError(f"{Path(path).name}: {e}") from None
     return params
 
-# %% ../nbs/00_study.ipynb #f0297ddf
+# %% ../nbs/00_study.ipynb #acbfdba5
 def write_whole(path: Path, text: str) -> None:
     "Write a file so that a reader sees the old one or the new one, never half of it."
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
@@ -202,7 +201,7 @@ def hash_of(value: Any) -> str:
     "Short hash of any JSON value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_study.ipynb #a5d550c9
+# %% ../nbs/00_study.ipynb #21d33e34
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
@@ -215,14 +214,14 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #9e268a06
+# %% ../nbs/00_study.ipynb #cc42ee59
 def disk_full(error: Exception, folder: Path) -> bool:
     "Whether an error means that there is no room left on the disk of a folder."
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     while not folder.exists(): folder = folder.parent
     return known or shutil.disk_usage(folder).free < 2**20
 
-# %% ../nbs/00_study.ipynb #9dbfc06c
+# %% ../nbs/00_study.ipynb #4cc3d0a5
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
@@ -311,7 +310,7 @@ class Stage:
         shutil.rmtree(self.old, ignore_errors=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #aa556b2a
+# %% ../nbs/00_study.ipynb #646aa176
 def code_of(
     stage: str,  # name of a stage, which is the name of its module
 ) -> list[Path]:
@@ -322,7 +321,10 @@ def code_of(
         path = home / f"{todo.pop()}.py"
         if path in found or not path.exists() or path.stem in ("study", "settings"): continue  # not what, but where
         found.add(path)
-        todo += re.findall(r"^from (?:mft_nb)?\.(\w+) import", path.read_text(), re.MULTILINE)
+        for node in ast.parse(path.read_text()).body:  # what a function imports for itself is left out on purpose
+            if not isinstance(node, ast.ImportFrom): continue
+            ours = (["mft_nb"] if node.level else []) + (node.module.split(".") if node.module else [])
+            if ours[0] == "mft_nb": todo += ours[1:] or [alias.name for alias in node.names]
     return sorted(found)
 
 def open_stage(
@@ -344,7 +346,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #2c064106
+# %% ../nbs/00_study.ipynb #817fd6af
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -356,7 +358,7 @@ def seed_everything(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
 
-# %% ../nbs/00_study.ipynb #0d5a8709
+# %% ../nbs/00_study.ipynb #58ba2309
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -371,7 +373,7 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #d20a5739
+# %% ../nbs/00_study.ipynb #03b7827e
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -383,7 +385,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #41ebb462
+# %% ../nbs/00_study.ipynb #8409b4f3
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
@@ -394,5 +396,5 @@ def main(argv: list[str]) -> int:
     print(f"{Path(argv[0]).name}: {len(params)} parameters are fine")
     return 0
 
-# %% ../nbs/00_study.ipynb #267c59de
+# %% ../nbs/00_study.ipynb #3e6ae9bf
 if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main(sys.argv[1:]))

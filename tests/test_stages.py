@@ -82,6 +82,8 @@ def test_the_code_of_a_stage_is_what_it_imports():
     assert {"finetune", "loss", "chat", "model"} <= names("finetune")
     assert not names("evaluate") & {"compare", "figures", "report", "data", "study"}
     assert "generate" not in names("finetune")
+    assert {"score_figures", "mask_figures", "study_figures"} <= names("report")  # from . import a, b
+    assert {"chat", "contamination", "functions", "sources", "topics"} <= names("data")
 
 
 def test_another_identity_never_reads_a_half_done_folder():
