@@ -7,7 +7,7 @@ __all__ = ['TINY', 'SECTIONS', 'opening', 'how_many', 'words', 'measures', 'how_
            'sample', 'pick_samples', 'pass_key', 'prompts_of', 'programs', 'origin', 'really_used', 'duration',
            'stage_rows', 'how_it_ran', 'draw', 'levels', 'draw_masks', 'write_report', 'publish']
 
-# %% ../nbs/70_report.ipynb #9cfd0151
+# %% ../nbs/70_report.ipynb #4f9396ea
 import shutil
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .study import Seeds, StudyName, finished, open_stage, project_root, setting
 from .study_figures import sweep_lines
 from .wording import answer, beside_chance, listed, tally, yes_or_no
 
-# %% ../nbs/70_report.ipynb #1ec7dad9
+# %% ../nbs/70_report.ipynb #7f47a92a
 TINY = ("**Tiny random model: no result.** This is the smoke study: it runs every step on a model of random weights in "
         "seconds, to show that the machinery works. Its numbers mean nothing.")
 
@@ -95,7 +95,7 @@ def how_it_chooses(variant: str) -> tuple[str, str]:
     kind = "at random" if m.formula == "uniform" else m.formula if m.solve else f"the highest `{m.formula}`"
     return kind + ("" if m.mode == "zero" else f"; applied by {m.mode}"), m.source
 
-# %% ../nbs/70_report.ipynb #4ff2e9c0
+# %% ../nbs/70_report.ipynb #329ac41a
 def budget_table(f) -> str:
     "Weights zeroed in each matrix: every layer of the band has the same shapes."
     mask = f.masks[f.focus[0]]
@@ -130,7 +130,7 @@ def where_they_fall(f) -> str:
            + (", the diagonal compares a method's masks of two fine-tuning seeds." if len(f.seeds) > 1 else "."),
            "![Overlap of the masks](overlap.png)"] if len(f.masked) > 1 or len(f.seeds) > 1 else [])])
 
-# %% ../nbs/70_report.ipynb #55ec1131
+# %% ../nbs/70_report.ipynb #558d1c3e
 def sample(f, variant: str, task: str) -> str:
     "One program with its verdict."
     row = next(r for r in f.problems[variant, f.seeds[0]] if r["task_id"] == task)
@@ -180,7 +180,7 @@ def programs(f) -> str:
                   *(sample(f, v, task) for v in ("fft", *f.focus))]
     return "\n\n".join(parts)
 
-# %% ../nbs/70_report.ipynb #ebe9bb9f
+# %% ../nbs/70_report.ipynb #abb341b4
 def origin(model: str) -> str:
     "Where the weights of a model are from."
     if model == "tiny": return "random weights, built in process"
@@ -208,7 +208,7 @@ def really_used(f) -> str:
         f"the answers only. Validation loss went from {curve.eval_loss.iloc[0]:.3f} to {curve.eval_loss.iloc[-1]:.3f} "
         f"(seed {f.seeds[0]})."])
 
-# %% ../nbs/70_report.ipynb #65b57fc3
+# %% ../nbs/70_report.ipynb #b7adee54
 def duration(seconds: float) -> str:
     "12 s, 3 min 20 s, 2 h 5 min."
     s = round(seconds)
@@ -244,7 +244,7 @@ def how_it_ran(f) -> str:
         "*+changes* means that the working tree differed from that commit. The executed notebook of every stage is in "
         f"`runs/{f.study}/notebooks/`."])
 
-# %% ../nbs/70_report.ipynb #434e1c5f
+# %% ../nbs/70_report.ipynb #ff0db8f0
 def draw(f, folder: Path) -> None:
     "All figures of the report, as PNG and SVG."
     seed, own = f.seeds[0], lambda figure, name: figures.save_figure(figure, folder, name)
@@ -290,12 +290,12 @@ def draw_masks(f, own) -> None:
         pairs.append(seeds.assign(a=v, b=v))
     if any(len(p) for p in pairs): own(mask_figures.overlap_map(pd.concat(pairs), f.study), "overlap")
 
-# %% ../nbs/70_report.ipynb #21b960dd
+# %% ../nbs/70_report.ipynb #80056436
 SECTIONS = (opening, results, other_domains, scrutiny, learned, baselines, sweeps, truth, ground_truth, landscape,
             where_they_fall, cost, programs, beside_published, really_used, how_it_ran)
 
 def write_report(
-    study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str], beside: list[str] = (),
+    study: str, seeds: list[int], recipes: list[str], methods: list[str], learners: list[str], beside: list[str],
 ) -> Path:
     "Write the report of a study; returns runs/<study>/report. All but the HTML is copied to figures/<study>/."
     params, f = dict(locals()), gather(study, seeds, recipes, methods, learners, beside)

@@ -37,8 +37,8 @@ def make(runs, seeds=(0,), draws=500, recipes=(), methods=made_up.METHODS, learn
     return compare(study, list(seeds), list(recipes), list(methods), list(learners), list(kw.get("tasks", ())), draws)
 
 
-def write(seeds=(0,), recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS, **kw):
-    return write_report("made-up", list(seeds), list(recipes), list(methods), list(learners), **kw)
+def write(seeds=(0,), recipes=(), methods=made_up.METHODS, learners=made_up.LEARNERS, beside=()):
+    return write_report("made-up", list(seeds), list(recipes), list(methods), list(learners), list(beside))
 
 
 def read(folder, name): return pd.read_csv(folder / name, dtype=dict(seed=str))

@@ -103,7 +103,7 @@ def test_every_stage_is_there_and_no_notebook_holds_an_error(whole):
 def test_the_terminal_shows_stage_progress_rate_and_eta(whole):
     shown = whole.terminal.read_text()
     for stage, unit in (("finetune fft seed 0", "tok"), ("gradients seed 0", "example"), ("scan seed 0", "mask"),
-                        ("losses of sci seed 0", "example"), ("answers of sci seed 0", "problem")):
+                        ("losses of sci seed 0", "example"), ("answers of sci seed 0", "answer")):
         lines = [line for line in re.split(r"[\r\n]", shown) if line.startswith(stage)]
         assert lines, f"nothing of {stage}"
         assert re.search(rf"\d+%\|.*\| \S+/\S+ \[\d\d:\d\d<(\d\d:\d\d|\?), .*({unit}/s|s/{unit})", lines[-1]), lines[-1]
