@@ -68,10 +68,13 @@ def test_wrong_solutions_fail(every):
     nothing = [f"def {p['entry_point']}(*args): return None" for p in some]
     found = score(some, nothing, mode=MODE)
     for p, v in zip(some, found, strict=True):  # None may be right for one assertion, never for all three
-        assert not v["passed"] and any(t.startswith(v["failing"]) for t in p["tests"]) and v["failing"], v
+        assert not v["passed"] and v["reason"], v
+        if v["failing"]: assert any(t.startswith(v["failing"]) for t in p["tests"]), v
+        else: assert p["setup"] and v["status"] == "error", v  # its own class is missing
     others = [f"{o['canonical_solution']}\n{p['entry_point']} = {o['entry_point']}\n"
               for p, o in zip(some, some[1:] + some[:1], strict=True)]
-    assert [v["task_id"] for v in score(some, others, mode=MODE) if v["passed"]] == []
+    passed = [v["task_id"] for v in score(some, others, mode=MODE) if v["passed"]]
+    assert passed == ["Mbpp/919"]  # the product of a list; the next asks for that of a tuple
 
 
 @needs_file
