@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'describe_scores', 'from_layer', 'predicted_change', 'crossfitted_change', 'scan', 'holds_until', 'check',
            'influence', 'make_masks', 'evenly', 'run_scan']
 
-# %% ../nbs/30_influence.ipynb #2270151c
+# %% ../nbs/30_influence.ipynb #5e7cfe93
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from .scores import (METHODS, Methods, collect, evidence_of, mask_of, scores_of,
 from .study import (Count, CountOrZero, Seed, Share, StudyName, checked, finished, open_stage, progress,
                           read_jsonl, seed_everything, write_json)
 
-# %% ../nbs/30_influence.ipynb #40e083fb
+# %% ../nbs/30_influence.ipynb #0be95cc3
 def describe_scores(scores: dict[str, torch.Tensor], halves: dict[str, torch.Tensor]) -> list[dict]:
     "Per matrix: spread, share of positive scores, histogram in units of the spread, sign agreement of the two halves."
     rows = []
@@ -41,7 +41,7 @@ def describe_scores(scores: dict[str, torch.Tensor], halves: dict[str, torch.Ten
                          histogram=(counts / s.numel()).tolist()))
     return rows
 
-# %% ../nbs/30_influence.ipynb #a474e3fb
+# %% ../nbs/30_influence.ipynb #10618a71
 @contextlib.contextmanager
 def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
     """Run only layers >= `first` on inputs seen before. Yields `at(key)`, a context manager: the first forward under
@@ -65,7 +65,7 @@ def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
                 for block in blocks[:first]: del block.forward
     yield at
 
-# %% ../nbs/30_influence.ipynb #7509001b
+# %% ../nbs/30_influence.ipynb #856a82d3
 def predicted_change(weights: dict[str, torch.Tensor], gradient: dict[str, torch.Tensor], mask: Mask) -> float:
     "First-order change of the loss when the masked weights become zero: the sum of -w g over them, in float64."
     return -sum((weights[n].detach().cpu().double() * gradient[n].cpu().double())[m].sum().item()
@@ -124,7 +124,7 @@ def scan(
             update(rows)
     return rows
 
-# %% ../nbs/30_influence.ipynb #c840f58e
+# %% ../nbs/30_influence.ipynb #66028b5e
 def holds_until(rows: pd.DataFrame) -> float:
     """Largest masked share (or step, when `rows` hold several) up to which the first-order prediction lies within the
     95% interval of the measured change, or within half of it; 0 when it never does. `rows`: one method of `scan`."""
@@ -134,7 +134,7 @@ def holds_until(rows: pd.DataFrame) -> float:
         held = getattr(r, axis)
     return held
 
-# %% ../nbs/30_influence.ipynb #8894a991
+# %% ../nbs/30_influence.ipynb #1b0a9e4f
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or the scan has no room."
     check_model(params)
@@ -184,7 +184,7 @@ def influence(
                      evenly(validation, scan_examples), tokenizer.pad_token_id, where, seed)
         return stage.finish(dict(facts, **about, **sizes, seed=seed, too_long=too_long))
 
-# %% ../nbs/30_influence.ipynb #ff040265
+# %% ../nbs/30_influence.ipynb #c2aa6715
 def make_masks(folder: Path, methods, evidence, found, keep, seed, dtype, about) -> dict:
     """Write masks/<method>.safetensors, for methods that change other weights updates/<method>.safetensors, scores.json
     and overlap.json; returns how many weights each mask zeroes."""

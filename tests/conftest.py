@@ -57,6 +57,13 @@ def smoke_defaults():
     return read_study(ROOT / "papermill_params" / "smoke.yaml")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    "Every test draws the same numbers, alone or after others."
+    import torch
+    torch.manual_seed(0)
+
+
 def stage_calls(params, study="smoke"):
     "All stages of a study in order, as (module, function, arguments)."
     from importlib import import_module
