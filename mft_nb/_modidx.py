@@ -59,6 +59,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mft_nb.box.unused_uid': ('box.html#unused_uid', 'mft_nb/box.py'),
                             'mft_nb.box.wait_and_clean': ('box.html#wait_and_clean', 'mft_nb/box.py')},
             'mft_nb.chat': { 'mft_nb.chat.answer_span': ('chat.html#answer_span', 'mft_nb/chat.py'),
+                             'mft_nb.chat.as_seen': ('chat.html#as_seen', 'mft_nb/chat.py'),
                              'mft_nb.chat.code_answer': ('chat.html#code_answer', 'mft_nb/chat.py'),
                              'mft_nb.chat.code_request': ('chat.html#code_request', 'mft_nb/chat.py'),
                              'mft_nb.chat.encode': ('chat.html#encode', 'mft_nb/chat.py'),
