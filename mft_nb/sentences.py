@@ -6,7 +6,7 @@
 __all__ = ['Task', 'SentenceSource', 'RATED', 'PRAISE', 'BLAME', 'sentence_source', 'rated_rows', 'sst2_file', 'sst2_hub',
            'toy_rows', 'each_once', 'split_sentences', 'load_sentences', 'prepare_sentences', 'check']
 
-# %% ../nbs/11_sentences.ipynb #f9ad0b5d
+# %% ../nbs/11_sentences.ipynb #70c13a9d
 import csv
 import tarfile
 from collections import Counter
@@ -22,8 +22,8 @@ from .sources import hub_parts, reach_hub
 from .study import (CountOrZero, NonNegative, Seed, StudyName, checked, open_stage, project_root, write_json,
                           write_jsonl)
 
-# %% ../nbs/11_sentences.ipynb #8edb6bb4
-Task = Literal["chat", "classify"]  # which graph of stages a study runs
+# %% ../nbs/11_sentences.ipynb #25144f6a
+Task = Literal["chat", "classify", "networks"]  # which graph of stages a study runs
 
 def sentence_source(source: str) -> str:
     "A source that can be one. Raises ValueError that says what is allowed; asks no network."
@@ -36,7 +36,7 @@ def sentence_source(source: str) -> str:
 
 SentenceSource = Annotated[str, AfterValidator(sentence_source)]
 
-# %% ../nbs/11_sentences.ipynb #39ba513f
+# %% ../nbs/11_sentences.ipynb #8cb5b3d1
 RATED = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 def rated_rows() -> list[dict]:
@@ -48,7 +48,7 @@ def rated_rows() -> list[dict]:
         found.append(dict(id=f"rated/{number}", text=text.strip(), rating=float(rating), label=int(float(rating) > 0)))
     return found
 
-# %% ../nbs/11_sentences.ipynb #7ba0ed10
+# %% ../nbs/11_sentences.ipynb #4c5557bc
 def sst2_file(path: Path, name: str) -> list[dict]:
     "Rows of a tsv file of SST-2. Raises ValueError for another kind of file."
     with open(path, newline="", encoding="utf-8") as f:
@@ -70,7 +70,7 @@ def sst2_hub(source: str) -> tuple[list[dict], list[dict], dict]:
                       for i, r in enumerate(rows)])
     return *found, facts
 
-# %% ../nbs/11_sentences.ipynb #86a60c70
+# %% ../nbs/11_sentences.ipynb #f18078e7
 PRAISE, BLAME = "good great lovely superb fine clever".split(), "bad dull awful stale poor weak".split()
 
 def toy_rows() -> list[dict]:
@@ -80,7 +80,7 @@ def toy_rows() -> list[dict]:
     pairs = [(p, a, w, y) for p in patterns for w in whats for y, side in enumerate((BLAME, PRAISE)) for a in side]
     return [dict(id=f"toy/{i}", text=p.format(a, w), label=y) for i, (p, a, w, y) in enumerate(pairs)]
 
-# %% ../nbs/11_sentences.ipynb #6f4bad2a
+# %% ../nbs/11_sentences.ipynb #a8bf7088
 def each_once(rows: list[dict]) -> list[dict]:
     "Rows whose words did not come before."
     seen = {}
@@ -110,7 +110,7 @@ def split_sentences(
         raise ValueError(f"too few sentences: asked {quotas}, found {short}; lower the numbers or `neutral`")
     return splits, facts
 
-# %% ../nbs/11_sentences.ipynb #54eb3bc7
+# %% ../nbs/11_sentences.ipynb #caa1144c
 def load_sentences(source: str, neutral: float) -> tuple[list[dict], list[dict] | None, dict]:
     "Rows, the source's own test rows where it has some, and facts about it."
     if source == "toy": return toy_rows(), None, dict(licence="made up in process")
