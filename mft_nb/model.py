@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CHATML', 'EMBEDDED', 'Template', 'ALPACA', 'PLAIN', 'TEMPLATES', 'Band', 'ModelName', 'tiny_tokenizer', 'tiny_config',
            'tiny_encoder', 'embedded_folder', 'dequantised', 'minilm', 'end_of_turn', 'set_template', 'source_of',
-           'load_config', 'load_tokenizer', 'load_model', 'quiet', 'is_encoder', 'weights_of', 'layers_of',
-           'band_syntax', 'resolve_band', 'maskable', 'n_layers', 'n_weights', 'check_model']
+           'load_config', 'load_tokenizer', 'load_model', 'load_four_bit', 'quiet', 'is_encoder', 'weights_of',
+           'layers_of', 'band_syntax', 'resolve_band', 'maskable', 'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #f0892dc7
+# %% ../nbs/02_model.ipynb #379182b3
 import contextlib
 import os
 import re
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +32,7 @@ from .device import Device
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #c45fcd0a
+# %% ../nbs/02_model.ipynb #f4456175
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -57,7 +58,7 @@ def tiny_encoder() -> BertConfig:
     return BertConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
                       num_attention_heads=4, max_position_embeddings=512, pad_token_id=0)
 
-# %% ../nbs/02_model.ipynb #8cd69fed
+# %% ../nbs/02_model.ipynb #a1a815a7
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008, encoder=False,
                                           origin="weights dequantised from 4-bit GGUF (Q4_1)"),
             "minilm-l6": dict(layers=6, weights=22_713_216, encoder=True,
@@ -95,7 +96,7 @@ def minilm(name: str):
     model.load_state_dict({k: w for k, w in load_file(part(name)).items() if k != "embeddings.position_ids"})
     return model, BertTokenizerFast(str(part(f"{name}-vocabulary")), model_max_length=512)
 
-# %% ../nbs/02_model.ipynb #a75638f2
+# %% ../nbs/02_model.ipynb #e9acd87c
 Template = Literal["auto", "chat", "alpaca", "chatml", "plain"]
 ALPACA = ("{% if messages[0]['role'] != 'system' %}{{ 'Below is an instruction that describes a task. Write a response "
           "that appropriately completes the request.' }}{% endif %}{% for m in messages %}"
@@ -143,7 +144,7 @@ def set_template(
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         print(f"{name}: its template ends turns with {tokenizer.eos_token!r}: that is the end token now")
 
-# %% ../nbs/02_model.ipynb #fd678481
+# %% ../nbs/02_model.ipynb #d690d6b1
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -190,6 +191,19 @@ def load_model(
         with quiet(): model = family.from_pretrained(source_of(name), dtype=dtype, **given)
     return model.to(device.device).eval()
 
+def load_four_bit(
+    name: str,  # as for `load_model`
+    device: Device,  # where to; products are computed in its dtype
+) -> transformers.PreTrainedModel:
+    "A causal LM whose projection matrices are held in 4 bits (NF4, doubly quantised). Needs bitsandbytes."
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=device.dtype)
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder, quiet():  # only what comes from files can be quantised
+        if name == "tiny": load_model(name, Device("cpu", torch.float32, "only written")).save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder if name == "tiny" else source_of(name), dtype=device.dtype,
+                                                    quantization_config=config, device_map={"": device.device}).eval()
+
 @contextlib.contextmanager
 def quiet():
     "No advice from transformers that a fresh head has to be trained."
@@ -216,7 +230,7 @@ def weights_of(
         found = {n: parameters[n].detach() for n in names}
     return {n: found[n] for n in names}
 
-# %% ../nbs/02_model.ipynb #0dcb49fc
+# %% ../nbs/02_model.ipynb #9b5ea3e7
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -226,7 +240,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #638f0c64
+# %% ../nbs/02_model.ipynb #0ac6f8ed
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -253,7 +267,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #35d3e33c
+# %% ../nbs/02_model.ipynb #43728716
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -266,7 +280,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #08e5235d
+# %% ../nbs/02_model.ipynb #a21fd9c8
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."
