@@ -45,14 +45,14 @@ FAMILIES = {
 IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def build(family):
+def build(family, **more):
     "A tiny real model with random weights; biases too, which start at zero."
     torch.manual_seed(0)
     config, given = FAMILIES[family]
-    net = (ENCODER if family == "bert" else LM).from_config(config(**given), dtype=torch.float32).eval()
+    net = (ENCODER if family == "bert" else LM).from_config(config(**given | more), dtype=torch.float32).eval()
     for name, w in net.named_parameters():
         if name.endswith("bias"): w.data.normal_(0, .1)
-        if "norm" not in name.lower() and "ln_" not in name: w.data.mul_(4)  # so that an MLP matters
+        if w.ndim == 2 and "emb" not in name and "wte" not in name: w.data.mul_(4)  # so that an MLP matters
     return net
 
 
@@ -405,3 +405,92 @@ def test_an_mlp_in_pieces_is_not_watched():
     with ablate(net, some(net)): before = logits(net)
     zero_columns(net, some(net))
     assert torch.equal(logits(net), before)
+
+
+WIDE = dict(hidden_size=64, intermediate_size=128)  # the kernels want multiples of 64
+
+
+def in_4_bits(family, folder):
+    "The wide model with its linear layers in 4 bits."
+    pytest.importorskip("bitsandbytes", reason="quantised models need bitsandbytes: pip install 'mft_nb[qlora]'")
+    own = {"opt": dict(ffn_dim=128, word_embed_proj_dim=64), "qwen3-wide-heads": dict(head_dim=32)}
+    build(family, **WIDE | own.get(family, {})).save_pretrained(folder)
+    how = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return LM.from_pretrained(folder, quantization_config=how, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-wide-heads", "phi3", "opt"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_in_4_bits_a_masked_neuron_moves_nothing(family, lora, tmp_path):
+    "Its weights cannot be touched, so noise is put into the neuron itself, before the mask."
+    net = in_4_bits(family, tmp_path)
+    assert not down_projections(net)[1].plain()
+    if lora: with_lora(net)
+    mask, clean = some(net), logits(net)
+    noise = {layer: torch.zeros(n).index_fill(0, torch.tensor(mask.neurons.get(layer, []), dtype=torch.int64), 9.)
+             for layer, n in mask.sizes.items()}
+    def shake(module, args, layer): return (args[0] + noise[layer],)
+    installed = install(net, mask)
+    before = logits(net)
+    for layer, site in down_projections(net).items():
+        site.module.register_forward_pre_hook(lambda m, a, layer=layer: shake(m, a, layer), prepend=True)
+    assert torch.equal(logits(net), before)
+    installed.remove()
+    assert (logits(net) - before).abs().max() > 1e-3 and not torch.equal(before, clean)
+
+
+def test_in_4_bits_the_mask_is_that_of_the_same_weights_in_full(tmp_path):
+    import bitsandbytes as bnb
+    net, full = in_4_bits("llama", tmp_path), build("llama", **WIDE)
+    for name, module in net.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            wide = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            full.get_submodule(name).weight.data = wide.float()
+    mask = some(full)
+    with ablate(net, mask): ours = logits(net)
+    zero_columns(full, mask)
+    rounding, effect = ((ours - logits(other)).abs().mean() for other in (full, net))
+    assert rounding < .05 * effect  # kernels for 4 bits round as bfloat16 does
+    with pytest.raises(ValueError, match="is quantised"): zero_columns(net, mask)
+
+
+def test_qlora_merged_into_full_weights_leaves_masked_neurons_as_they_were(tmp_path):
+    "Trained on 4 bits, then the adapters go to the unquantised model: nothing of the masked neurons moves."
+    net, full = in_4_bits("llama", tmp_path), build("llama", **WIDE)
+    mask = some(full)
+    before, others = belongings(full, mask), belongings(full, mask.complement())
+    for layer in range(3):  # the names of linear modules are those of the unquantised model
+        assert down_projections(net)[layer].weight == down_projections(full)[layer].weight
+    with_lora(net)
+    install(net, mask)
+    steps(net, Held(net, mask))
+    adapted = with_lora(full)
+    factors = {n: w for n, w in net.named_parameters() if "lora_" in n}
+    for n, w in full.named_parameters():
+        if "lora_" in n: w.data.copy_(factors[n])
+    full = adapted.merge_and_unload()
+    assert torch.equal(belongings(full, mask), before)
+    assert not torch.equal(belongings(full, mask.complement()), others)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])  # gemma2 has windows: it does not fit into slots
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_with_hooks_is_that_of_zeroed_columns(family, dtype):
+    "Token by token, on slots with packed weights, on the model's own cache and by transformers."
+    from mft_nb.device import pick_device
+    from mft_nb.generate import generate
+    from mft_nb.model import tiny_tokenizer
+    tokenizer, device = tiny_tokenizer(), pick_device("cpu", str(dtype).removeprefix("torch."))
+    hooked, zeroed, plain = (build(family).to(dtype) for _ in range(3))
+    for net in (hooked, zeroed, plain): net.generation_config.eos_token_id = None
+    install(hooked, some(hooked))
+    zero_columns(zeroed, some(zeroed))
+    prompts = [[5, 9, 33], [7], [20, 21, 22, 23, 24, 25]]
+    ours, theirs, others = (generate(net, tokenizer, prompts, 20, device, batch_size=2)
+                            for net in (hooked, zeroed, plain))
+    assert ours == theirs and ours != others
+    if dtype == torch.bfloat16: return  # there close ties fall as the kernels of the day round
+    for prompt, (answer,) in zip(prompts, ours, strict=True):
+        whole = hooked.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        new = whole[0, len(prompt):].tolist()
+        assert answer == (new[:new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new)
