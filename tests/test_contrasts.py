@@ -26,6 +26,20 @@ def contrast(runs, seeds=SEEDS, draws=500, **kw):
 def read(folder, name): return pd.read_csv(folder / name, dtype=dict(seed=str), keep_default_na=True)
 
 
+@pytest.fixture(scope="module")
+def made_up_runs(tmp_path_factory):
+    "One study of three runs, contrasted once."
+    folder = tmp_path_factory.mktemp("contrasts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_NB_RUNS", str(folder / "runs"))
+        contrast(folder / "runs")
+    return folder / "runs"
+
+
+@pytest.fixture
+def tested(made_up_runs): return read(made_up_runs / "made-up/contrasts", "tests.csv")
+
+
 def row(tests, **wanted):
     for key, value in (dict(seed="all", measure="validation_loss") | wanted).items(): tests = tests[tests[key] == value]
     assert len(tests) == 1, wanted
@@ -37,8 +51,8 @@ def losses(runs, seed, mask, domain=""):
     return np.array([r["loss"] for r in items if (r["mask"], r["domain"]) == (mask, domain)])
 
 
-def test_known_costs_are_found_and_equal_ones_are_not(runs):
-    tests = read(contrast(runs), "tests.csv")
+def test_known_costs_are_found_and_equal_ones_are_not(tested):
+    tests = tested
     for family, cost in (("temporal", .08), ("spatial", .03), ("pca", .05)):
         for level, times in (("networks", 1), ("key", 10)):
             for against, other in (("fft", 0.), ("layer-matched", .03)):
@@ -53,9 +67,15 @@ def test_known_costs_are_found_and_equal_ones_are_not(runs):
                                   "loss.prose", "token_accuracy.prose"}
 
 
-def test_pooled_differences_are_those_computed_by_hand(runs):
-    tests = read(contrast(runs), "tests.csv")
-    by_run = []
+def test_a_key_set_is_also_judged_without_its_super_weights(tested):
+    for against in ("fft", "layer-matched", "magnitude-matched"):
+        r = row(tested, level="without-super", family="spatial", against=against, ablation="zero")
+        assert r.difference == pytest.approx(.01 - .3 * (against != "fft"), abs=.03) and r.masked == 71
+    assert set(tested[tested.level == "without-super"].family) == {"spatial"}
+
+
+def test_pooled_differences_are_those_computed_by_hand(made_up_runs, tested):
+    runs, tests, by_run = made_up_runs, tested, []
     for s in SEEDS:
         mine = np.mean([losses(runs, s, f"temporal-{k}") for k in (1, 2, 3)], 0)
         control = np.mean([losses(runs, s, f"temporal-{k}.layer-matched.{d}") for k in (1, 2, 3) for d in (0, 1)], 0)
@@ -75,16 +95,15 @@ def test_one_run_without_draws_is_the_plain_paired_comparison(runs):
     assert r.covers == "examples" and r.difference == pytest.approx(d.mean())
 
 
-def test_holm_counts_within_level_measure_and_reference(runs):
-    tests = read(contrast(runs), "tests.csv")
-    for _, part in tests.groupby(["seed", "level", "against", "measure"]):
+def test_holm_counts_within_level_measure_and_reference(tested):
+    for _, part in tested.groupby(["seed", "level", "against", "measure"]):
         assert (part.tests == len(part)).all()
         assert part.p_holm.max() <= 1 and (part.p_holm >= part.p - 1e-12).all()
         assert part.p_holm.min() == pytest.approx(min(1, part.p.min() * len(part)))
 
 
-def test_curves_lie_between_guessing_and_the_whole_model(runs):
-    curves = read(contrast(runs), "curves.csv")
+def test_curves_lie_between_guessing_and_the_whole_model(made_up_runs):
+    runs, curves = made_up_runs, read(made_up_runs / "made-up/contrasts", "curves.csv")
     mine = curves[(curves.seed == "all") & (curves.measure == "validation_loss")]
     best = mine[mine.family == "temporal"].set_index("kept")
     control = mine[mine.control == "random"].set_index("kept")
