@@ -8,7 +8,7 @@ __all__ = ['CHATML', 'EMBEDDED', 'Template', 'ALPACA', 'PLAIN', 'TEMPLATES', 'Ba
            'load_config', 'load_tokenizer', 'load_model', 'load_four_bit', 'quiet', 'is_encoder', 'weights_of',
            'layers_of', 'band_syntax', 'resolve_band', 'maskable', 'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #379182b3
+# %% ../nbs/02_model.ipynb #8fef4eab
 import contextlib
 import os
 import re
@@ -32,7 +32,7 @@ from .device import Device
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #f4456175
+# %% ../nbs/02_model.ipynb #99be3dc4
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -58,7 +58,7 @@ def tiny_encoder() -> BertConfig:
     return BertConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
                       num_attention_heads=4, max_position_embeddings=512, pad_token_id=0)
 
-# %% ../nbs/02_model.ipynb #a1a815a7
+# %% ../nbs/02_model.ipynb #fc45528e
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008, encoder=False,
                                           origin="weights dequantised from 4-bit GGUF (Q4_1)"),
             "minilm-l6": dict(layers=6, weights=22_713_216, encoder=True,
@@ -96,7 +96,7 @@ def minilm(name: str):
     model.load_state_dict({k: w for k, w in load_file(part(name)).items() if k != "embeddings.position_ids"})
     return model, BertTokenizerFast(str(part(f"{name}-vocabulary")), model_max_length=512)
 
-# %% ../nbs/02_model.ipynb #e9acd87c
+# %% ../nbs/02_model.ipynb #4064efe8
 Template = Literal["auto", "chat", "alpaca", "chatml", "plain"]
 ALPACA = ("{% if messages[0]['role'] != 'system' %}{{ 'Below is an instruction that describes a task. Write a response "
           "that appropriately completes the request.' }}{% endif %}{% for m in messages %}"
@@ -144,7 +144,7 @@ def set_template(
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         print(f"{name}: its template ends turns with {tokenizer.eos_token!r}: that is the end token now")
 
-# %% ../nbs/02_model.ipynb #d690d6b1
+# %% ../nbs/02_model.ipynb #65d00c21
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -201,8 +201,11 @@ def load_four_bit(
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, quiet():  # only what comes from files can be quantised
         if name == "tiny": load_model(name, Device("cpu", torch.float32, "only written")).save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder if name == "tiny" else source_of(name), dtype=device.dtype,
-                                                    quantization_config=config, device_map={"": device.device}).eval()
+        net = AutoModelForCausalLM.from_pretrained(folder if name == "tiny" else source_of(name), dtype=device.dtype,
+                                                   quantization_config=config, device_map={"": device.device})
+    for m in net.modules():  # bitsandbytes repacks them in a validation, and then no gradient passes any more
+        if hasattr(m, "support_avx512bf16_for_cpu"): m.support_avx512bf16_for_cpu = False
+    return net.eval()
 
 @contextlib.contextmanager
 def quiet():
@@ -230,7 +233,7 @@ def weights_of(
         found = {n: parameters[n].detach() for n in names}
     return {n: found[n] for n in names}
 
-# %% ../nbs/02_model.ipynb #9b5ea3e7
+# %% ../nbs/02_model.ipynb #96625e3b
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -240,7 +243,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #0ac6f8ed
+# %% ../nbs/02_model.ipynb #edfe9df1
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -267,7 +270,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #43728716
+# %% ../nbs/02_model.ipynb #ed44c587
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -280,7 +283,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #a21fd9c8
+# %% ../nbs/02_model.ipynb #94388102
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."
