@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'VariantName', 'EFFECT', 'variant_syntax', 'variants_of', 'Variant', 'mask_files', 'variant_of',
-           'changed_weights', 'load_variant', 'write_masked', 'model_card', 'check', 'publish']
+           'changed_weights', 'load_variant', 'write_masked', 'neuron_columns', 'model_card', 'check', 'publish']
 
-# %% ../nbs/40_apply_mask.ipynb #20dafa40
+# %% ../nbs/40_apply_mask.ipynb #50100143
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,13 +18,15 @@ import torch
 from pydantic import AfterValidator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from .device import Device
 from .mask import MODES, NEEDS_BASE, Mask, load_mask, masked_weights, mode_of, read_provenance
-from .model import load_model, weights_of
+from .model import load_config, load_model, weights_of
+from .neurons import NEURONS, install_saved, load_beside, to_mask
 from .study import Seed, StudyName, checked, open_stage, read_json, settings, sha256
 
-# %% ../nbs/40_apply_mask.ipynb #795a2b37
+# %% ../nbs/40_apply_mask.ipynb #52a19384
 SUFFIXES = (*MODES, "best")
 
 def variant_syntax(name: str) -> str:
@@ -40,7 +42,7 @@ def variants_of(recipes: list[str], methods: list[str], learners: list[str]) -> 
     "The names of all variants of a study, in the order of tables: base, fft, recipes, methods, learners."
     return list(dict.fromkeys(["base", "fft", *recipes, *methods, *learners]))
 
-# %% ../nbs/40_apply_mask.ipynb #a1c86ef0
+# %% ../nbs/40_apply_mask.ipynb #a4ba1fb6
 @dataclass(frozen=True)
 class Variant:
     "What is evaluated under one name."
@@ -88,7 +90,7 @@ def variant_of(study: str, variant: str, seed: int) -> Variant:
     checkpoint = checkpoint_of(study, "fft", seed)
     return Variant(checkpoint, mask, mode, update if update.exists() else None, (checkpoint.parent,))
 
-# %% ../nbs/40_apply_mask.ipynb #f318023e
+# %% ../nbs/40_apply_mask.ipynb #5fadc4e5
 def changed_weights(
     checkpoint: Path,
     mask: Mask,
@@ -120,8 +122,9 @@ def load_variant(
     where: Device,
     dtype: torch.dtype | None = None,  # another dtype than the device's
 ) -> torch.nn.Module:
-    "The model of a variant, on its device, in eval mode."
+    "The model of a variant, on its device, in eval mode; neurons that its checkpoint names are masked by hooks."
     net = load_model(variant.checkpoint or model, where, dtype)
+    if variant.checkpoint: install_saved(net, variant.checkpoint)
     if not variant.mask: return net
     parameters, update = dict(net.named_parameters()), variant.update and load_file(variant.update)
     with torch.no_grad():
@@ -146,7 +149,19 @@ def write_masked(
             save_file({n: new[n] if n in new else f.get_tensor(n) for n in f.keys()}, target / path.name,
                       metadata=f.metadata())
 
-# %% ../nbs/40_apply_mask.ipynb #2969675d
+# %% ../nbs/40_apply_mask.ipynb #f97bf92b
+def neuron_columns(checkpoint: Path) -> Mask | None:
+    "The mask over weights that zeroes the neurons a checkpoint names; None if it names none. ValueError for means."
+    if not (checkpoint / NEURONS).exists(): return None
+    with torch.device("meta"): shape = AutoModelForCausalLM.from_config(load_config(str(checkpoint)))
+    mask, means = load_beside(checkpoint, shape)
+    if means is not None:
+        raise ValueError(f"{checkpoint.name}: its neurons are replaced by their means, which a plain checkpoint cannot "
+                         f"hold; allowed is ablation: zero")
+    mask.provenance |= dict(neurons=mask.count(), of=mask.numel(), layers=f"{len(mask.neurons)} of {len(mask.sizes)}")
+    return to_mask(mask, shape)
+
+# %% ../nbs/40_apply_mask.ipynb #35f3448b
 EFFECT = dict(zero="are set to zero", reset="are set back to their pretrained values",
               rescale="are set to zero, and the others in their matrices scaled up to make up for it",
               dare="lose what fine-tuning changed, and the change of the others in their matrices is scaled up")
@@ -155,6 +170,9 @@ def model_card(study: str, variant: str, mask: Mask, base: str, mode: str = "zer
     "A model card in Markdown: what was masked, how, by which method, from which checkpoint."
     about = "\n".join(f"| {k} | {v} |" for k, v in mask.provenance.items())
     more = " The method also changed weights that it kept in these matrices." if update else ""
+    if "neurons" in mask.provenance:
+        more = (f" They are the columns of {mask.provenance['neurons']:,} of {mask.provenance['of']:,} MLP neurons, "
+                f"which were masked while the model was fine-tuned; `{NEURONS}` names them.")
     return (f"---\nbase_model: {base}\ntags: [mask-fine-tuning]\n---\n\n"
             f"# {base}, fine-tuned and masked by {variant}\n\n"
             f"{mask.count():,} of the {mask.numel():,} weights in {len(mask.masked)} matrices of this checkpoint "
@@ -176,10 +194,11 @@ def check(params: dict) -> None:
 def publish(study: StudyName, seed: Seed, variant: VariantName) -> Path:
     "Write the masked checkpoint of a variant; returns runs/<study>/apply_mask/<variant>-seed<seed>."
     params, v = dict(locals()), variant_of(study, variant, seed)
-    if not v.mask: raise ValueError(f"variant: found {variant!r}; allowed are the variants with a mask")
+    mask = load_mask(v.mask) if v.mask else v.checkpoint and neuron_columns(v.checkpoint)
+    if not mask: raise ValueError(f"variant: found {variant!r}; allowed are those with a mask or with masked neurons")
     with open_stage(f"apply_mask/{variant}-seed{seed}", study, params | v.identity(), v.inputs) as stage:
         if stage.done: return stage.path
-        mask, base = load_mask(v.mask), read_json(v.inputs[0] / "manifest.json")["params"]["model"]
+        base = read_json(v.inputs[0] / "manifest.json")["params"]["model"]
         write_masked(v.checkpoint, mask, stage.work / "checkpoint", v.mode, base, v.update and load_file(v.update))
         (stage.work / "checkpoint" / "README.md").write_text(
             model_card(study, variant, mask, base, v.mode, v.update is not None))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'Batch', 'write_plainly', 'write_with_vllm', 'rows_that_fit', 'generate']
 
-# %% ../nbs/47_generate.ipynb #6698be2e
+# %% ../nbs/47_generate.ipynb #0574029b
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,9 +19,10 @@ from transformers import DynamicCache
 
 from .answers import Row, Rules, Sampling, stop_at, tokens_at_once
 from .device import Device, inference
+from .neurons import masks_on
 from .slots import Slots, attention_on, fits_slots, packed_weights
 
-# %% ../nbs/47_generate.ipynb #166ecaac
+# %% ../nbs/47_generate.ipynb #cfa73ef1
 class Batch:
     "Answers to many prompts on a fixed number of slots."
 
@@ -171,7 +172,7 @@ class Batch:
         self._take([c[:1 + next((i for i in range(n - 1) if i >= len(g) or g[i] != c[i]), n - 1)]
                     for g, c in zip(guesses, chosen, strict=True)])
 
-# %% ../nbs/47_generate.ipynb #f4f6b1ef
+# %% ../nbs/47_generate.ipynb #25b3d760
 def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, device: Device, batch_size: int,
                   done: Callable[[Row], None], update: Callable[[int], None]) -> None:
     "Write answers with the model's own cache, prompts of equal length together."
@@ -190,10 +191,13 @@ def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, devi
                     if r.ended: done(r)
                 if all(r.ended for r in some): break
 
-# %% ../nbs/47_generate.ipynb #a6403ed8
+# %% ../nbs/47_generate.ipynb #c01d7e8b
 def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, done: Callable[[Row], None],
                     update: Callable[[int], None]) -> None:
-    "Write answers with vLLM. Raises ValueError when it is not installed."
+    "Write answers with vLLM. Raises ValueError when it is not installed, or would not see masked neurons."
+    if masks_on(model):
+        raise ValueError("backend: found 'vllm' for a model with neurons masked by hooks, which it does not run; "
+                         "allowed: slots, or publish the variant by 40_apply_mask and name its checkpoint")
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
@@ -212,7 +216,7 @@ def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, do
         update(row.take(list(found.outputs[0].token_ids), rules))
         done(row)
 
-# %% ../nbs/47_generate.ipynb #a90df2a7
+# %% ../nbs/47_generate.ipynb #a66f8ba6
 ROWS = dict(cpu=64, mps=32, cuda=256, xla=64)  # beyond these a larger batch is hardly faster
 
 def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
@@ -226,7 +230,7 @@ def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
                 xla=lambda: 16e9)[device.kind]()
     return int(min(ROWS[device.kind], max(1, free / 2 // row)))
 
-# %% ../nbs/47_generate.ipynb #9312bbd4
+# %% ../nbs/47_generate.ipynb #4ee1b8ac
 def generate(
     model: nn.Module,
     tokenizer,

@@ -1,9 +1,13 @@
 "Masks over neurons on every architecture: plain, with LoRA, merged, in 4 bits; how they reach generation and files."
 import copy
+import json
+import tempfile
 
 import pytest
 import torch
 import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from mft_nb.mask import apply_mask
@@ -16,7 +20,10 @@ from mft_nb.neurons import (
     down_projections,
     from_mask,
     install,
+    load_neurons,
     masks_on,
+    save_beside,
+    save_neurons,
     to_mask,
     zero_columns,
 )
@@ -494,3 +501,92 @@ def test_generation_with_hooks_is_that_of_zeroed_columns(family, dtype):
         whole = hooked.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
         new = whole[0, len(prompt):].tolist()
         assert answer == (new[:new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new)
+
+
+def test_vllm_would_not_see_the_mask(monkeypatch):
+    import sys
+
+    from mft_nb.device import pick_device
+    from mft_nb.generate import generate
+    from mft_nb.model import tiny_tokenizer
+    monkeypatch.setitem(sys.modules, "vllm", type("vllm", (), dict(LLM=None, SamplingParams=None)))
+    net = build("llama")
+    install(net, some(net))
+    with pytest.raises(ValueError, match="masked by hooks"):
+        generate(net, tiny_tokenizer(), [[5, 6]], 3, pick_device("cpu", "float32"), backend="vllm")
+
+
+@pytest.fixture
+def masked_checkpoint():
+    "A finished stage of the recipe `key`: a checkpoint that names masked neurons, by zero or by their means."
+    from mft_nb.device import pick_device
+    from mft_nb.model import load_model, load_tokenizer
+    from mft_nb.study import open_stage
+
+    def make(means=None):
+        net = load_model("tiny", pick_device("cpu", "float32"))
+        mask = some(net)
+        with open_stage("finetune/key-seed0", "s", dict(model="tiny", recipe="key")) as stage:
+            net.save_pretrained(stage.work / "checkpoint")
+            load_tokenizer("tiny").save_pretrained(stage.work / "checkpoint")
+            save_beside(mask, stage.work / "checkpoint", means)
+            return net, mask, stage.finish({})
+    return make
+
+
+def test_a_variant_is_masked_wherever_it_is_loaded(masked_checkpoint):
+    from mft_nb.apply_mask import load_variant, variant_of
+    from mft_nb.device import pick_device
+    net, mask, _ = masked_checkpoint()
+    loaded = load_variant(variant_of("s", "key", 0), "tiny", pick_device("cpu", "float32"))
+    with ablate(net, mask): assert torch.equal(logits(loaded), logits(net))
+    assert not torch.equal(logits(loaded), logits(net)) and masks_on(loaded)[0].mask == mask
+
+
+def test_a_variant_with_means_is_loaded_and_not_published(masked_checkpoint):
+    from mft_nb.apply_mask import load_variant, publish, variant_of
+    from mft_nb.device import pick_device
+    means = {layer: torch.randn(128) for layer in range(4)}
+    net, mask, _ = masked_checkpoint(means)
+    loaded = load_variant(variant_of("s", "key", 0), "tiny", pick_device("cpu", "float32"))
+    with ablate(net, mask, means): assert torch.equal(logits(loaded), logits(net))
+    with pytest.raises(ValueError, match="means, which a plain checkpoint cannot hold"): publish("s", 0, "key")
+
+
+def test_a_published_variant_needs_no_hooks(masked_checkpoint):
+    "Whoever loads it, by transformers alone, gets the masked model; the card says what was masked."
+    from mft_nb.apply_mask import publish
+    net, mask, folder = masked_checkpoint()
+    checkpoint = publish("s", 0, "key") / "checkpoint"
+    theirs = LM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with ablate(net, mask): assert torch.equal(logits(theirs), logits(net))
+    kept = LM.from_pretrained(folder / "checkpoint", dtype=torch.float32).eval()
+    assert torch.equal(logits(kept), logits(net)), "the study's own checkpoint keeps the weights"
+    card = (checkpoint / "README.md").read_text()
+    assert f"{mask.count():,} of 512 MLP neurons" in card and f"{mask.count() * 64:,} of the" in card
+
+
+WRONG = ["{", "[]", '{"0": [1.5]}', '{"0": [true]}', '{"0": [[1]]}', '{"0": [80]}', '{"3": [1]}', '{"0": [-1]}',
+         '{"0": null}', '{"0": "12"}', '{"0": [1], "0": [2]}', "\x00\xff"]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_file_is_refused_and_named(text, tmp_path):
+    (tmp_path / "mine.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="mine.json"): load_neurons(tmp_path / "mine.json", dict.fromkeys(range(3), 80))
+
+
+@given(st.data())
+def test_every_mask_survives_its_files_and_its_vector(data):
+    sizes = data.draw(st.dictionaries(st.integers(0, 40), st.integers(1, 30), min_size=1, max_size=5))
+    neurons = {k: data.draw(st.lists(st.integers(0, n - 1), max_size=n)) for k, n in sizes.items()}
+    mask = NeuronMask(neurons, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_neurons(mask, f"{folder}/m.json")
+        assert load_neurons(path, sizes) == mask and load_neurons(path, sizes, "complement") == mask.complement()
+        written = {int(k): v for k, v in json.loads(path.read_text()).items()}
+        assert written == {k: sorted({*v}) for k, v in neurons.items() if v}
+    rest = mask.complement()
+    assert NeuronMask.from_vector(mask.vector(), sizes) == mask and rest.complement() == mask
+    assert mask.count() + rest.count() == mask.numel() == (mask | rest).count()
+    assert mask.jaccard(rest) == 0 and mask.jaccard(mask) == 1
