@@ -18,10 +18,12 @@ try:
 except ValueError as e:
     sys.exit(f"This study cannot run.\n{e}")
 RUNS = settings().runs / STUDY
-SEEDS = P["seeds"]
+SEEDS, NETWORKS = P["seeds"], P["task"] == "networks"
 # how many cores one training or evaluation takes: with fewer than there are, several run side by side
 THREADS = int(config.get("threads", workflow.cores))
-VARIANTS = variants_of(P["recipes"], P["methods"], P["learners"])
+# networks are masks over neurons; that study makes none over weights
+NO_MASKS = dict(methods=[], learners=[]) if NETWORKS else {}
+VARIANTS = variants_of(**dict(recipes=P["recipes"], methods=P["methods"], learners=P["learners"]) | NO_MASKS)
 # an encoder is small: on a CPU its stages are quicker side by side than with two threads in one
 SIDE_BY_SIDE = 1 if (available()[0] if settings().device == "auto" else settings().device) == "cpu" else THREADS
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
@@ -36,13 +38,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def parameters(notebook):
     "What a notebook reads from the study: when one of these changes, it runs again."
+    if not Path("nbs", f"{notebook}.ipynb").exists(): return {}
     known = declared(Path("nbs", f"{notebook}.ipynb").resolve())
-    return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner", "level")} | MACHINE
+    return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner", "level", "which")} | MACHINE
 
 
-def run(notebook, name, *given):
-    "Shell command that executes a notebook headless; its executed copy lands in runs/<study>/notebooks/."
-    passed = " ".join(f"-p {key} {{wildcards.{key}}}" for key in given)
+def run(notebook, name, *given, **instead):
+    """Shell command that executes a notebook headless; its executed copy lands in runs/<study>/notebooks/.
+    `instead`: values other than the study's."""
+    passed = " ".join([*(f"-p {key} {{wildcards.{key}}}" for key in given),
+                       *(f"-y '{key}: {value}'" for key, value in instead.items())])
     out = RUNS / "notebooks" / f"{name}.ipynb"
     return (f"mkdir -p '{out.parent}' && {sys.executable} -m papermill nbs/{notebook}.ipynb '{out}' -f {FILE} {passed} "
             "-k python3 --no-progress-bar --log-level ERROR && cp \"$(dirname {output:q})/manifest.json\" {output:q}")
@@ -76,9 +81,17 @@ def sources(v, s):
     return [*needs, done(f"{'sweep' if v.endswith('.best') else 'influence'}/seed{s}")]
 
 
-def after_fft(wildcards):
-    "What a recipe starts from."
-    return [done(f"finetune/fft-seed{wildcards.seed}")] if RECIPES[wildcards.recipe].start == "fft" else []
+def before_recipe(wildcards):
+    "What a recipe starts from, and the networks that it masks unless a file names their neurons."
+    if RECIPES[wildcards.recipe].start == "fft": return [done(f"finetune/fft-seed{wildcards.seed}")]
+    masks = wildcards.recipe in ("key", "complement") and not P.get("neuron_mask")
+    return [done(f"networks/base-seed{wildcards.seed}")] if masks else []
+
+
+def before_networks(wildcards):
+    "The fine-tuned model's networks are compared with those of the base model."
+    s = f"-seed{wildcards.seed}"
+    return [done(f"finetune/fft{s}"), done(f"networks/base{s}")] if wildcards.which == "fft" else []
 
 
 def before_learning(wildcards):
@@ -93,6 +106,7 @@ def all_sources(wildcards):
 
 wildcard_constraints:
     seed=r"\d+",
+    which="base|fft",
 
 
 EVALUATED = [done(f"evaluate/base-seed{SEEDS[0]}"),
@@ -116,9 +130,16 @@ CLASSIFY = [done("sentences"), *(done(f"classifier/seed{s}") for s in SEEDS), *M
             done("classifier_report")]
 
 
+FOUND = [done(f"networks/{which}-seed{s}") for s in SEEDS for which in ("base", "fft")]
+ABLATED = [done(f"ablations/seed{s}") for s in SEEDS]
+MASKED_RECIPES = [*EVALUATED, done("compare")] if P["recipes"] else []
+ASK_NETWORKS = [done("data"), *(done(f"finetune/{r}-seed{s}") for s in SEEDS for r in RECIPE_RUNS), *FOUND, *ABLATED,
+                *MASKED_RECIPES, done("contrasts"), done("networks_report")]
+
+
 # every stage by name: a missing stamp below a report that is older would not count as missing
 rule all:
-    input: CLASSIFY if P["task"] == "classify" else CHAT
+    input: dict(chat=CHAT, classify=CLASSIFY, networks=ASK_NETWORKS)[P["task"]]
 
 
 rule data:
@@ -131,7 +152,7 @@ rule data:
 
 
 rule finetune:
-    input: after_fft, done("data"), code_of("finetune")
+    input: before_recipe, done("data"), code_of("finetune")
     output: done("finetune/{recipe}-seed{seed}")
     params: parameters("20_finetune")
     threads: THREADS
@@ -215,7 +236,7 @@ rule compare:
     output: done("compare")
     params: parameters("60_compare")
     message: "compare the variants"
-    shell: run("60_compare", "compare")
+    shell: run("60_compare", "compare", **NO_MASKS)
 
 
 rule report:
@@ -267,3 +288,39 @@ rule classifier_report:
     params: parameters("72_classifier_report")
     message: "write the report of the classifier"
     shell: run("72_classifier_report", "classifier_report")
+
+
+# --- task: networks --------------------------------------------------------------------------------------------------
+
+rule networks:
+    input: before_networks, done("data"), code_of("networks")
+    output: done("networks/{which}-seed{seed}")
+    params: parameters("32_networks")
+    threads: THREADS
+    message: "networks of {wildcards.which}, seed {wildcards.seed}"
+    shell: run("32_networks", "networks-{wildcards.which}-seed{wildcards.seed}", "which", "seed")
+
+
+rule ablations:
+    input: done("data"), done("finetune/fft-seed{seed}"), done("networks/fft-seed{seed}"), code_of("ablations")
+    output: done("ablations/seed{seed}")
+    params: parameters("42_ablations")
+    threads: THREADS
+    message: "ablated and isolated networks, seed {wildcards.seed}"
+    shell: run("42_ablations", "ablations-seed{wildcards.seed}", "seed")
+
+
+rule contrasts:
+    input: ABLATED, FOUND, code_of("contrasts")
+    output: done("contrasts")
+    params: parameters("63_contrasts")
+    message: "compare the networks with their controls"
+    shell: run("63_contrasts", "contrasts")
+
+
+rule networks_report:
+    input: done("contrasts"), FOUND, MASKED_RECIPES, code_of("networks_report")
+    output: done("networks_report")
+    params: parameters("74_networks_report")
+    message: "write the report of the networks"
+    shell: run("74_networks_report", "networks_report")

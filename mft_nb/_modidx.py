@@ -596,6 +596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mft_nb.names.stem': ('names.html#stem', 'mft_nb/names.py')},
             'mft_nb.network_figures': { 'mft_nb.network_figures.ablation_forest': ( 'network_figures.html#ablation_forest',
                                                                                     'mft_nb/network_figures.py'),
+                                        'mft_nb.network_figures.covered': ('network_figures.html#covered', 'mft_nb/network_figures.py'),
                                         'mft_nb.network_figures.forest_panel': ( 'network_figures.html#forest_panel',
                                                                                  'mft_nb/network_figures.py'),
                                         'mft_nb.network_figures.in_families': ( 'network_figures.html#in_families',
