@@ -590,3 +590,48 @@ def test_every_mask_survives_its_files_and_its_vector(data):
     assert NeuronMask.from_vector(mask.vector(), sizes) == mask and rest.complement() == mask
     assert mask.count() + rest.count() == mask.numel() == (mask | rest).count()
     assert mask.jaccard(rest) == 0 and mask.jaccard(mask) == 1
+
+
+def test_what_is_watched_is_what_the_projection_gets():
+    "Also when the mask comes second, or a network is found on a model that has one masked already."
+    net, seen = build("llama"), {}
+    mask = some(net)
+    with torch.no_grad(), capture(net, seen.__setitem__), ablate(net, mask): logits(net)
+    assert (seen[1][..., mask.by_layer()[1]] == 0).all() and (seen[1] != 0).any()
+
+
+def test_what_is_held_does_not_shorten_the_steps_of_others():
+    "With mean ablation its gradient is not zero; it is, before gradients are clipped together."
+    net = build("llama")
+    mask = some(net)
+    install(net, mask, {layer: torch.ones(n) for layer, n in mask.sizes.items()})
+    weight = down_projections(net)[1].module.weight
+    for hold in (False, True):
+        held, weight.grad = Held(net, mask) if hold else None, None
+        net(input_ids=IDS, labels=IDS).loss.backward()
+        assert (weight.grad[:, mask.neurons[1]] == 0).all() == hold and (weight.grad != 0).any()
+    held.remove()
+    weight.grad = None
+    net(input_ids=IDS, labels=IDS).loss.backward()
+    assert (weight.grad[:, mask.neurons[1]] != 0).any()
+
+
+def test_masks_of_other_neurons_are_not_mixed():
+    a = NeuronMask({0: [1]}, {0: 80, 1: 80})
+    for other in (NeuronMask({0: [1]}, {0: 80}), NeuronMask({0: [1]}, {0: 80, 1: 79})):
+        with pytest.raises(ValueError, match="different neurons"): a | other
+        with pytest.raises(ValueError, match="different neurons"): a.jaccard(other)
+        assert a != other
+    with pytest.raises(ValueError, match="needed: 160 booleans"):
+        NeuronMask.from_vector(torch.zeros(159, dtype=torch.bool), a.sizes)
+    with pytest.raises(ValueError, match="booleans"): NeuronMask.from_vector(torch.zeros(160), a.sizes)
+
+
+def test_a_mask_of_single_weights_is_no_mask_of_neurons():
+    net = build("gpt2")
+    weights = to_mask(some(net), net)
+    next(iter(weights.masked.values()))[0, 0] ^= True
+    with pytest.raises(ValueError, match="whole columns"): from_mask(weights, net)
+    from mft_nb.mask import Mask
+    with pytest.raises(ValueError, match="is no down projection"):
+        from_mask(Mask({"transformer.h.0.attn.c_proj.weight": torch.zeros(32, 32, dtype=torch.bool)}), net)
