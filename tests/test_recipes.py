@@ -1,4 +1,5 @@
 "The recipes of fine-tuning: what each one promises, and that a kill changes nothing."
+import importlib.util
 import inspect
 import random
 import shutil
@@ -22,7 +23,9 @@ from mft_nb.study import check_parameters, declared, read_json, read_jsonl
 from mft_nb.train import ChatTrainer, make_trainer, trained
 
 CPU = pick_device("cpu", "float32")
-RUN = [r for r in RECIPES if r != "average"]
+MORE = dict(key=dict(masked_training="lora", weight_decay=.1, choose="best"))  # as much as can go wrong in a kill
+QUANTISED = ["qlora"] if importlib.util.find_spec("bitsandbytes") else []
+RUN = [r for r in RECIPES if r != "average" and (r != "qlora" or QUANTISED)]
 
 
 def call(module_name, name, params, **given):
@@ -33,19 +36,21 @@ def call(module_name, name, params, **given):
 
 
 @pytest.fixture(scope="module")
-def params():
-    "Of the notebooks at hand."
+def params(tmp_path_factory):
+    "Of the notebooks at hand, with a mask of some neurons in two of the four layers."
     known = [declared(ROOT / "nbs" / f"{nb}.ipynb") for nb in ("10_data", "20_finetune")]
-    return {k: p.default for notebook in known for k, p in notebook.items()} | SMALL
+    (file := tmp_path_factory.mktemp("neurons") / "neurons.json").write_text('{"0": [3, 1, 127], "2": [0, 64]}')
+    return {k: p.default for notebook in known for k, p in notebook.items()} | SMALL | dict(neuron_mask=str(file))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, params):
     "All recipes of the small study, undisturbed: home and the run of each."
     home, done = tmp_path_factory.mktemp("recipes"), {}
-    calls = {r: call("finetune", "finetune", params, recipe=r) for r in RUN}
+    calls = {r: call("finetune", "finetune", params, recipe=r, **MORE.get(r, {})) for r in RUN}
     calls["data"] = call("data", "prepare_data", params)
-    for together in (["data", "fft", "decay", "wise"], ["continued"], ["lora"]):  # killed later: a process of their own
+    side_by_side = ["data", "fft", "decay", "wise", "lora", "complement", *QUANTISED]
+    for together in (side_by_side, ["continued"], ["key"]):  # killed later: a process of their own
         run = killing.run(home, [calls[r] for r in together])
         assert run.code == 0, run.said
         done |= dict.fromkeys(together, run)
@@ -65,7 +70,7 @@ def given(made, tmp_path):
     tokenizer = load_tokenizer("tiny")
     chats = {p: encode_rows(tokenizer, read_jsonl(made.home / f"runs/smoke/data/{p}.jsonl"), 1024)[0]
              for p in ("train", "validation")}
-    return SimpleNamespace(where=CPU, folder=tmp_path / "given", tokenizer=tokenizer, **chats)
+    return SimpleNamespace(where=CPU, folder=tmp_path / "given", tokenizer=tokenizer, masked=None, **chats)
 
 
 def weights(folder): return load_file(folder / "model.safetensors")
@@ -73,12 +78,13 @@ def weights(folder): return load_file(folder / "model.safetensors")
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("recipe", ["continued", "lora"])
+@pytest.mark.parametrize("recipe", ["continued", "key"])
 def test_a_killed_recipe_ends_with_the_same_numbers(made, tmp_path, params, recipe):
     shutil.copytree(made.home / "runs", tmp_path / "runs")
     stage = tmp_path / "runs/smoke/finetune" / f"{recipe}-seed0"
     shutil.rmtree(stage)
-    calls, draw, codes, steps = [call("finetune", "finetune", params, recipe=recipe)], random.Random(recipe), [], set()
+    calls = [call("finetune", "finetune", params, recipe=recipe, **MORE.get(recipe, {}))]
+    draw, codes, steps = random.Random(recipe), [], set()
     for part in (.35, .4, .15):  # of an undisturbed run's changes of files: while it trains and after
         run = killing.run(tmp_path, calls, kill_at=int(part * made.done[recipe].changes) + draw.randint(0, 3))
         codes.append(run.code)
@@ -268,7 +274,7 @@ def test_nothing_to_train_is_an_error():
 
 def test_checkpoint_of_every_recipe(made, monkeypatch):
     monkeypatch.setenv("MFT_NB_RUNS", str(made.home / "runs"))
-    for recipe in RECIPES:
+    for recipe in [*RUN, "average"]:
         folder = checkpoint_of("smoke", recipe, 0)
         assert (folder / "model.safetensors").exists() and load_tokenizer(folder) is not None
     assert checkpoint_of("smoke", "average", 0) == made.stage("continued") / "average"
