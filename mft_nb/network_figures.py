@@ -6,7 +6,7 @@
 __all__ = ['Members', 'LEVELS', 'ROWS', 'in_families', 'network_maps', 'one_map', 'layer_profiles', 'covered', 'ablation_forest',
            'forest_panel', 'network_costs', 'isolation_curves', 'stability_plot', 'overlap_plot']
 
-# %% ../nbs/73_network_figures.ipynb #dc1bd92b
+# %% ../nbs/73_network_figures.ipynb #1fe0ca91
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from .figures import runs_in_words, spread_out, styled
 from .names import NETWORKS, RIVALS
 from .study_figures import logarithmic
 
-# %% ../nbs/73_network_figures.ipynb #cf5d7736
+# %% ../nbs/73_network_figures.ipynb #bdd956f0
 Members = dict[int, list[int]]  # layer -> neurons: a masks/*.json file
 
 def in_families(names) -> list[str]:
@@ -64,7 +64,7 @@ def one_map(ax, members: Members, weights: np.ndarray, sizes: dict[int, int]) ->
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(length=2)
 
-# %% ../nbs/73_network_figures.ipynb #74629a8b
+# %% ../nbs/73_network_figures.ipynb #90708b53
 @styled
 def layer_profiles(members: dict[str, list[Members]], sizes: dict[int, int], study: str) -> Figure:
     "A row for each network, a column for each layer: where its members are."
@@ -85,10 +85,10 @@ def layer_profiles(members: dict[str, list[Members]], sizes: dict[int, int], stu
     figure.suptitle(f"{study}: in which layers the members of each network are", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #fc2eaa19
+# %% ../nbs/73_network_figures.ipynb #4ab44cd3
 def covered(seeds: int) -> str:
     "What the intervals of differences cover."
-    return "one run: over draws of the controls and examples" if seeds == 1 else f"over {seeds} runs, draws and examples"
+    return "over draws of the controls and examples of one run" if seeds == 1 else f"over {seeds} runs, draws, examples"
 
 LEVELS = {("networks", "zero"): "each of the top networks (mean)", ("key", "zero"): "key set, at zero",
           ("key", "mean"): "key set, at its mean", ("without-super", "zero"): "key set without super weights"}
@@ -141,7 +141,7 @@ def forest_panel(ax, rows: pd.DataFrame, key: str, place: dict) -> None:
     ax.set(title=f"{kind.name} (n = {rows.n.iloc[0] if len(rows) else 0})",
            xlabel=f"change, {kind.unit}{log}\n← {left}  |  {right} →")
 
-# %% ../nbs/73_network_figures.ipynb #112f6d78
+# %% ../nbs/73_network_figures.ipynb #a7fdee70
 @styled
 def network_costs(tests: pd.DataFrame, key: str, study: str) -> Figure:
     "Cost of each network with its interval, and of its matched controls."
@@ -169,7 +169,7 @@ def network_costs(tests: pd.DataFrame, key: str, study: str) -> Figure:
                     f"filled: differs from both controls, p < {ALPHA} after Holm's correction", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #36a77ebc
+# %% ../nbs/73_network_figures.ipynb #d51c7815
 @styled
 def isolation_curves(
     curves: pd.DataFrame,  # curves.csv
@@ -203,7 +203,7 @@ def isolation_curves(
                     ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #282a0638
+# %% ../nbs/73_network_figures.ipynb #59c71ac6
 @styled
 def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: str) -> Figure:
     "Stability of the components of each model ('base, seed 0' -> table), and that of noise."
@@ -229,7 +229,7 @@ def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: s
     figure.suptitle(f"{study}: components found again; grey: what noise reaches; filled: beyond it", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #56362b55
+# %% ../nbs/73_network_figures.ipynb #4b0f38ca
 @styled
 def overlap_plot(
     matches: dict[int, pd.DataFrame],  # seed -> match.csv: family, component, partner, correlation
