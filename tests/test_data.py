@@ -29,7 +29,7 @@ from mft_nb.study import check_parameters, declared, project_root, read_json, re
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 DEFAULTS = dict(sources=["package:mpmath"], train_per_source=6, gradient_per_source=3, validation_per_source=4,
                 min_characters=80, max_characters=800, answers="any", mbpp="", data_seed=0, train_quotas=[], domains=[],
-                domain_rows=3, harness_tasks=[], harness_files=[])
+                domain_rows=3, harness_tasks=[], harness_files=[], validation_share=0.0)
 
 
 def shared(name):
