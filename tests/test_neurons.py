@@ -371,6 +371,8 @@ def test_two_masks_are_as_good_as_their_union():
     a, b = some(net), NeuronMask({0: [1, 2], 1: [5]}, some(net).sizes)
     with ablate(net, a), ablate(net, b): both = logits(net)
     with ablate(net, a | b): assert torch.equal(logits(net), both)
+    with ablate(net, a): assert not torch.equal(logits(net), both)
+    assert not masks_on(net)
 
 
 def test_a_mask_works_in_training_after_it_was_installed_for_inference():
