@@ -649,6 +649,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mft_nb.networks_report.in_context': ( 'networks_report.html#in_context',
                                                                                'mft_nb/networks_report.py'),
                                         'mft_nb.networks_report.isolated': ('networks_report.html#isolated', 'mft_nb/networks_report.py'),
+                                        'mft_nb.networks_report.isolated_cell': ( 'networks_report.html#isolated_cell',
+                                                                                  'mft_nb/networks_report.py'),
                                         'mft_nb.networks_report.jaccards': ('networks_report.html#jaccards', 'mft_nb/networks_report.py'),
                                         'mft_nb.networks_report.opening': ('networks_report.html#opening', 'mft_nb/networks_report.py'),
                                         'mft_nb.networks_report.overlap': ('networks_report.html#overlap', 'mft_nb/networks_report.py'),
