@@ -7,7 +7,7 @@ __all__ = ['NEURONS', 'MEANS', 'NeuronMask', 'save_neurons', 'load_neurons', 'to
            'install', 'ablate', 'Piece', 'columns', 'zero_columns', 'Held', 'rows', 'save_beside', 'load_beside',
            'install_saved']
 
-# %% ../nbs/05_neurons.ipynb #5b959299
+# %% ../nbs/05_neurons.ipynb #63fcf0ac
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from .mask import Mask
 from .sites import Site, base_layer, capture, down_projections, features, is_plain, transformers_model
 from .study import write_whole
 
-# %% ../nbs/05_neurons.ipynb #068c43b8
+# %% ../nbs/05_neurons.ipynb #1f82bb4d
 class NeuronMask:
     "Masked neurons by layer, with provenance."
     def __init__(
@@ -96,7 +96,7 @@ class NeuronMask:
         return (f"NeuronMask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} neurons masked "
                 f"in {len(self.neurons)} of {len(self.sizes)} layers)")
 
-# %% ../nbs/05_neurons.ipynb #e81ccced
+# %% ../nbs/05_neurons.ipynb #9636b8f4
 def save_neurons(mask: NeuronMask, path: str | Path) -> Path:
     'Write the masked neurons as JSON: {"layer": [neurons]}.'
     rows = ",\n".join(f'"{layer}": {json.dumps(chosen)}' for layer, chosen in mask.neurons.items())
@@ -122,7 +122,7 @@ def load_neurons(
         raise ValueError(f'{Path(path).name}: {e}; needed is {{"layer": [neurons], ...}}') from None
     return mask if mode == "key" else mask.complement()
 
-# %% ../nbs/05_neurons.ipynb #ff8be92b
+# %% ../nbs/05_neurons.ipynb #bc25475e
 def to_mask(mask: NeuronMask, model: nn.Module) -> Mask:
     "The mask over weights that zeroes the columns of the masked neurons; of layers with any."
     sites, by_layer, columns = _sites(model, mask), mask.by_layer(), {}
@@ -153,7 +153,7 @@ def _sites(model: nn.Module, mask: NeuronMask) -> dict[int, Site]:
                          f"{sites[wrong[0]].neurons}")
     return sites
 
-# %% ../nbs/05_neurons.ipynb #c83dda2d
+# %% ../nbs/05_neurons.ipynb #61565979
 class Installed:
     "A neuron mask at work on a model, until `remove`."
     def __init__(self, model: nn.Module, mask: NeuronMask, means: Mapping[int, torch.Tensor] | None = None):
@@ -217,7 +217,7 @@ def ablate(model: nn.Module, mask: NeuronMask, means: Mapping[int, torch.Tensor]
     try: yield installed
     finally: installed.remove()
 
-# %% ../nbs/05_neurons.ipynb #8231639e
+# %% ../nbs/05_neurons.ipynb #d2649046
 class Piece(NamedTuple):
     "What of a parameter belongs to some neurons."
     parameter: nn.Parameter
@@ -258,7 +258,7 @@ def zero_columns(model: nn.Module, mask: NeuronMask) -> None:
     for piece in [p for layer in mask.neurons for part in columns(sites[layer], by_layer[layer]) for p in part]:
         piece.put(torch.zeros_like(piece.get()))
 
-# %% ../nbs/05_neurons.ipynb #819e18d6
+# %% ../nbs/05_neurons.ipynb #8f1c4a6b
 class Held:
     "All weights of the masked neurons, to be put back to the bit after each optimizer step."
     def __init__(self, model: nn.Module, mask: NeuronMask):  # once everything that will be trained is there
@@ -302,7 +302,7 @@ def rows(feeder: nn.Module, masked: torch.Tensor) -> tuple[list[Piece], list[Pie
     bias = [_piece(linear.bias, 0, masked)] if linear.bias is not None else []
     return matrix + bias, [_piece(w, 0, masked) for w in lora]
 
-# %% ../nbs/05_neurons.ipynb #ca933847
+# %% ../nbs/05_neurons.ipynb #2d0a5515
 NEURONS, MEANS = "neurons.json", "neuron_means.safetensors"
 
 def save_beside(mask: NeuronMask, folder: Path, means: Mapping[int, torch.Tensor] | None = None) -> None:

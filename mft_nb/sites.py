@@ -6,7 +6,7 @@
 __all__ = ['ROLES', 'Site', 'base_layer', 'features', 'is_plain', 'intermediate_size', 'transformers_model', 'down_projections',
            'capture']
 
-# %% ../nbs/04_sites.ipynb #5c2d41a1
+# %% ../nbs/04_sites.ipynb #a5d9765d
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .model import layers_of
 
-# %% ../nbs/04_sites.ipynb #921ba701
+# %% ../nbs/04_sites.ipynb #d0ca6fed
 ROLES = {  # down projection -> what feeds its input; names inside a transformer block
     "mlp.down_proj": ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),  # Llama, Qwen, Gemma, Mistral, Phi3, ...
     "mlp.c_proj": ("mlp.c_fc",),  # GPT-2
@@ -51,7 +51,7 @@ class Site:
         "Whether its matrix can be read and written: false when it is quantised."
         return is_plain(self.base())
 
-# %% ../nbs/04_sites.ipynb #e9846172
+# %% ../nbs/04_sites.ipynb #decc8c0c
 def base_layer(module: nn.Module) -> nn.Module:
     "The innermost module of a chain of wrappers, as peft makes them."
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module): module = inner
@@ -75,7 +75,7 @@ def intermediate_size(config, layer: int) -> int:
         if size := getattr(config, key, None): return size[layer] if isinstance(size, list | tuple) else size
     return 4 * config.hidden_size
 
-# %% ../nbs/04_sites.ipynb #307bbe55
+# %% ../nbs/04_sites.ipynb #f0337b8b
 def transformers_model(model: nn.Module) -> tuple[str, PreTrainedModel]:
     "Name and module of the transformers model inside wrappers, if any. Raises ValueError when there is none."
     found = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
@@ -120,7 +120,7 @@ def _site(inner: PreTrainedModel, prefix: str, name: str, block: nn.Module, laye
     return Site(layer, f"{prefix}.{full}" if prefix else full, module, *shape, f"{full}.weight",
                 isinstance(base_layer(module), Conv1D), feeders, block, path)
 
-# %% ../nbs/04_sites.ipynb #e8d4b4fd
+# %% ../nbs/04_sites.ipynb #ebd0edf5
 @contextlib.contextmanager
 def capture(
     model: nn.Module,

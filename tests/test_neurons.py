@@ -637,3 +637,18 @@ def test_a_mask_of_single_weights_is_no_mask_of_neurons():
     from mft_nb.mask import Mask
     with pytest.raises(ValueError, match="is no down projection"):
         from_mask(Mask({"transformer.h.0.attn.c_proj.weight": torch.zeros(32, 32, dtype=torch.bool)}), net)
+
+
+def test_an_overflow_in_a_masked_neuron_spoils_no_gradient():
+    "The product of gate and up is infinite, in the forward pass and in what autograd keeps of it."
+    net = build("llama")
+    mask = some(net)
+    with torch.no_grad():
+        mlp = net.model.layers[1].mlp
+        for part in (mlp.gate_proj, mlp.up_proj): part.weight[mask.neurons[1]] *= 1e22
+    finite = lambda: all(w.grad.isfinite().all() for w in net.parameters())
+    with ablate(net, mask): net(input_ids=IDS, labels=IDS).loss.backward()
+    assert finite()
+    net.zero_grad()
+    net(input_ids=IDS, labels=IDS).loss.backward()
+    assert not finite()
