@@ -6,7 +6,7 @@
 __all__ = ['Members', 'LEVELS', 'ROWS', 'in_families', 'network_maps', 'one_map', 'layer_profiles', 'covered', 'ablation_forest',
            'forest_panel', 'network_costs', 'isolation_curves', 'stability_plot', 'overlap_plot']
 
-# %% ../nbs/73_network_figures.ipynb #1fe0ca91
+# %% ../nbs/73_network_figures.ipynb #d79a39d6
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from .figures import runs_in_words, spread_out, styled
 from .names import NETWORKS, RIVALS
 from .study_figures import logarithmic
 
-# %% ../nbs/73_network_figures.ipynb #bdd956f0
+# %% ../nbs/73_network_figures.ipynb #1ed748b4
 Members = dict[int, list[int]]  # layer -> neurons: a masks/*.json file
 
 def in_families(names) -> list[str]:
@@ -64,7 +64,7 @@ def one_map(ax, members: Members, weights: np.ndarray, sizes: dict[int, int]) ->
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(length=2)
 
-# %% ../nbs/73_network_figures.ipynb #90708b53
+# %% ../nbs/73_network_figures.ipynb #55a097b7
 @styled
 def layer_profiles(members: dict[str, list[Members]], sizes: dict[int, int], study: str) -> Figure:
     "A row for each network, a column for each layer: where its members are."
@@ -85,7 +85,7 @@ def layer_profiles(members: dict[str, list[Members]], sizes: dict[int, int], stu
     figure.suptitle(f"{study}: in which layers the members of each network are", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #4ab44cd3
+# %% ../nbs/73_network_figures.ipynb #9c457e5f
 def covered(seeds: int) -> str:
     "What the intervals of differences cover."
     return "over draws of the controls and examples of one run" if seeds == 1 else f"over {seeds} runs, draws, examples"
@@ -136,12 +136,12 @@ def forest_panel(ax, rows: pd.DataFrame, key: str, place: dict) -> None:
     for y in place.values(): ax.axhline(y - .5, color="0.94", lw=.6, zorder=-1)
     ax.axvline(0, color="0.5", lw=.8, zorder=0)
     spread_out(ax, rows[[(r.level, r.ablation, r.against) in place for r in rows.itertuples()]], kind.scale)
-    log = " (log. away from 0)" * (ax.get_xscale() == "symlog")
+    log = "\nlogarithmic away from 0" * (ax.get_xscale() == "symlog")
     left, right = ("matters less", "matters more") if kind.better < 0 else ("matters more", "matters less")
     ax.set(title=f"{kind.name} (n = {rows.n.iloc[0] if len(rows) else 0})",
-           xlabel=f"change, {kind.unit}{log}\n← {left}  |  {right} →")
+           xlabel=f"change, {kind.unit}\n← {left}  |  {right} →{log}")
 
-# %% ../nbs/73_network_figures.ipynb #a7fdee70
+# %% ../nbs/73_network_figures.ipynb #ef53ba0c
 @styled
 def network_costs(tests: pd.DataFrame, key: str, study: str) -> Figure:
     "Cost of each network with its interval, and of its matched controls."
@@ -169,7 +169,7 @@ def network_costs(tests: pd.DataFrame, key: str, study: str) -> Figure:
                     f"filled: differs from both controls, p < {ALPHA} after Holm's correction", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #d51c7815
+# %% ../nbs/73_network_figures.ipynb #e8a5f2eb
 @styled
 def isolation_curves(
     curves: pd.DataFrame,  # curves.csv
@@ -195,7 +195,7 @@ def isolation_curves(
         shares = sorted(set((100 * mine.kept).round(1)))
         ax.set(xscale="log", xlabel="neurons kept, %", title=kind.name,
                ylabel="nats per token" if scale == 1 else "% of answer tokens")
-        ax.set_xticks(shares, [f"{x:g}" for x in shares])
+        ax.set_xticks(shares, [f"{x:.2g}" for x in shares])
         ax.minorticks_off()
     axes[1].legend(*axes[0].get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(1, 1))
     seeds = max(1, curves[curves.seed != "all"].seed.nunique())
@@ -203,7 +203,7 @@ def isolation_curves(
                     ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #59c71ac6
+# %% ../nbs/73_network_figures.ipynb #98038dd2
 @styled
 def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: str) -> Figure:
     "Stability of the components of each model ('base, seed 0' -> table), and that of noise."
@@ -226,10 +226,11 @@ def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: s
     axes[0, 0].set_ylabel("stability Iq")
     axes[1, 0].set_ylabel("agreement of\ntwo halves, |r|")
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{study}: components found again; grey: what noise reaches; filled: beyond it", x=.01, ha="left")
+    figure.suptitle(f"{study}: components found again; grey: what noise reaches; filled: called stable", x=.01,
+                    ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #4b0f38ca
+# %% ../nbs/73_network_figures.ipynb #7733542f
 @styled
 def overlap_plot(
     matches: dict[int, pd.DataFrame],  # seed -> match.csv: family, component, partner, correlation

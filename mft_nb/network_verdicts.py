@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'ASKED', 'WORDS', 'gather', 'neurons_of', 'one', 'cell', 'judged', 'headline', 'in_numbers', 'without_super',
            'seen_from', 'one_by_one']
 
-# %% ../nbs/73_network_verdicts.ipynb #c0d0b083
+# %% ../nbs/73_network_verdicts.ipynb #6c4b7cf3
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from .network_figures import in_families
 from .study import finished, read_json
 from .wording import listed, number
 
-# %% ../nbs/73_network_verdicts.ipynb #ac3a452e
+# %% ../nbs/73_network_verdicts.ipynb #f1ccdbad
 MODELS = {"base": "base", "fft": "fine-tuned"}
 
 def gather(study: str, seeds: list[int], recipes: list[str]) -> SimpleNamespace:
@@ -63,10 +63,12 @@ def cell(row, unit: bool = False) -> str:
     span = "" if pd.isna(row.low) else f" ({low} to {high})"
     return f"{value}{' ' + kind.unit if unit else ''}{span}{' *' * (row.p_holm < ALPHA)}"
 
-# %% ../nbs/73_network_verdicts.ipynb #3b6f0971
+# %% ../nbs/73_network_verdicts.ipynb #97626513
 ASKED = (("key", "the key set of {}"), ("networks", "single networks of {}"))
-WORDS = {"more": "more than both matched controls", "part": "more than only one of the two matched controls",
-         "less": "less than matched controls", "none": "not detectably more than matched controls"}
+WORDS = {"more": ("costs", "cost", "more than both matched controls"),
+         "part": ("costs", "cost", "more than only one of the two matched controls"),
+         "less": ("costs", "cost", "less than a matched control"),
+         "none": ("does", "do", "not detectably cost more than matched controls")}
 
 def judged(tests: pd.DataFrame, level: str, family: str) -> str | None:
     "more, part, less or none, beside both matched controls; None when there are no controls."
@@ -86,10 +88,10 @@ def headline(tests: pd.DataFrame, families: list[str]) -> str:
     kinds = [k for k in found if found[k]]
     if not kinds: return "Nothing was compared with a matched control."
     first = "Yes" if kinds == ["more"] else "No" if not {"more", "part"} & set(kinds) else "In part"
-    return f"{first}: " + "; ".join(f"{listed(found[k])} cost{'s' * (len(found[k]) == 1 and 'key' in found[k][0])} "
-                                    f"{WORDS[k]}" for k in kinds) + "."
+    many = lambda k: len(found[k]) > 1 or "single" in found[k][0]
+    return f"{first}: " + "; ".join(f"{listed(found[k])} {WORDS[k][many(k)]} {WORDS[k][2]}" for k in kinds) + "."
 
-# %% ../nbs/73_network_verdicts.ipynb #d9f0a27a
+# %% ../nbs/73_network_verdicts.ipynb #e60aabe7
 def in_numbers(tests: pd.DataFrame, level: str, family: str, total: int) -> str:
     "What an ablation cost, and how that compares; empty when it was not made."
     own = one(tests, level=level, family=family, ablation="zero", against="fft")
@@ -97,11 +99,11 @@ def in_numbers(tests: pd.DataFrame, level: str, family: str, total: int) -> str:
     what = dict(ASKED)[level].format(NETWORKS[family].title)
     parts = [f"**{what[0].upper()}{what[1:]}** ({own.masked:,.0f} of {total:,} neurons"
              f"{' each' * (level == 'networks')}): loss {cell(own, unit=True)}"]
-    for a in (*MATCHED, "pca"):
+    for a in (*MATCHED, "pca", "top-variance"):
         r = one(tests, level=level, family=family, ablation="zero", against=a)
         if r is None: continue
         seen = f", reliably seen from {number(r.detectable)}" if r.p_holm >= ALPHA and pd.notna(r.detectable) else ""
-        parts.append(f"beside {RIVALS[a].title.replace('the same', 'its like')} {cell(r)}{seen}")
+        parts.append(f"beside {RIVALS[a].title} {cell(r)}{seen}")
     return "; ".join(parts) + "."
 
 def without_super(tests: pd.DataFrame, families: list[str]) -> str:
@@ -113,7 +115,7 @@ def without_super(tests: pd.DataFrame, families: list[str]) -> str:
     return ("Some key sets hold super-weight channels. Without these the loss changes by: " + "; ".join(said) + "."
             if said else "")
 
-# %% ../nbs/73_network_verdicts.ipynb #34345f9e
+# %% ../nbs/73_network_verdicts.ipynb #5316de6e
 def seen_from(f) -> str:
     "How large a difference to the matched controls had to be."
     d = f.tests[(f.tests.seed == "all") & (f.tests.measure == "validation_loss") & f.tests.against.isin(MATCHED)]

@@ -109,9 +109,11 @@ def make_networks(folder, which, seed, k=6, families=FAMILIES, model="smollm2-13
     table = pd.concat([pd.DataFrame(dict(
         family=f, component=range(1, k + 1), iq=iq[f], found=1., stable=iq[f] > .6, split_half=iq[f] - .1,
         variance=np.linspace(.1, .01, k), kurtosis=3., n_z2=30, n_z3=9, n_z36=4)) for f in families], ignore_index=True)
-    fits = pd.DataFrame([dict(family=f, purpose=p, seed=s, iterations=500 if s == 1 else 40, converged=s != 1, seconds=.1)
+    fits = pd.DataFrame([dict(family=f, purpose=p, seed=s, iterations=500 if s == 1 else 40, converged=s != 1,
+                              seconds=.1)
                          for f in families if f != "pca" for p in ("run", "half", "null") for s in range(4)])
-    null = pd.DataFrame([dict(family=f, kind="gaussian", iq=float(x)) for f in families for x in rng.uniform(.1, .6, 30)])
+    null = pd.DataFrame([dict(family=f, kind="gaussian", iq=float(x))
+                         for f in families for x in rng.uniform(.1, .6, 30)])
     unmixing = {f: torch.eye(k) for f in families}
     found = Discovery(dict(SIZES), {f: torch.from_numpy(m) for f, m in maps.items()}, table, fits, null,
                       torch.zeros(TOTAL), torch.ones(TOTAL), torch.zeros(TOTAL, k), unmixing, 5000)
@@ -121,15 +123,16 @@ def make_networks(folder, which, seed, k=6, families=FAMILIES, model="smollm2-13
         for r in range(k): write_json(folder / f"masks/{f}-{r + 1}.json", members(maps[f][r], .02))
     top = np.abs(maps[families[0]][:3]).max(0)
     for name, share in (("key", .1), ("kept", .3)): write_json(folder / f"{name}.json", members(top, share))
+    tokens = enumerate((" **", "if", "\n", " |x|"))
     write_jsonl(folder / "tokens.jsonl", [
-        dict(family=f, component=c + 1, before="def f(x):\n    return ", token=t, after=" | `x` </b><script>", score=5. - i,
-             document=f"d{i}") for f in families for c in range(k) for i, t in enumerate((" **", "if", "\n", " |x|"))])
+        dict(family=f, component=c + 1, before="def f(x):\n    return ", token=t, after=" | `x` </b><script>",
+             score=5. - i, document=f"d{i}") for i, t in tokens for f in families for c in range(k)])
     if which == "fft":
         pd.concat([pd.DataFrame(dict(component=range(1, k + 1), partner=range(1, k + 1), family=f,
                                      correlation=np.linspace(.95, .4, k))) for f in families]).to_csv(
             folder / "match.csv", index=False)
-    manifest(folder, dict(model=model, which=which, seed=seed, network_share=.02, key_share=.1, kept_share=.3, components=k,
-                          key_networks=3, key_family=families[0], layer_components=12, stability_runs=4,
+    manifest(folder, dict(model=model, which=which, seed=seed, network_share=.02, key_share=.1, kept_share=.3,
+                          components=k, key_networks=3, key_family=families[0], layer_components=12, stability_runs=4,
                           ica_max_iter=500, ica_tol=1e-4, families=list(families)),
              metrics=dict(documents=30, tokens=5000, layers="0-5", neurons=TOTAL), seconds=40.)
 

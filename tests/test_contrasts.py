@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mft_nb.contrasts import contrast_networks, read_ablations
+from mft_nb.contrasts import MATCHED, contrast_networks, read_ablations
+from mft_nb.network_verdicts import gather, headline, judged
+from mft_nb.networks_report import draw, write_networks_report
 from mft_nb.study import read_jsonl, write_jsonl
 
 SEEDS = (0, 1, 2)
@@ -143,3 +145,85 @@ def test_a_study_of_one_family_and_no_controls_still_says_something(runs):
         masks[masks.group != "control"].to_csv(path, index=False)
     tests = read(contrast_networks("made-up", [0, 1], 300), "tests.csv")
     assert set(tests.against) == {"fft"} and set(tests.level) == {"networks", "key", "network"}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    "A whole made-up study with its report: (runs, figures, text)."
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_NB_RUNS", str(folder / "runs"))
+        patch.setenv("MFT_NB_FIGURES", str(folder / "figures"))
+        made.make_all(folder / "runs")
+        page = write_networks_report("made-up", list(SEEDS), ["key", "complement"])
+    return folder / "runs/made-up", folder / "figures/made-up", (page / "report.md").read_text()
+
+
+def section(text, title): return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_report_answers_with_what_was_put_in(reported):
+    runs, _, text = reported
+    answer = next(p for p in text.split("\n\n") if p.startswith("**Answer.**"))
+    assert "In part: the key set of temporal ICA and single networks of temporal ICA cost more than both" in answer
+    assert "the key set of spatial ICA and single networks of spatial ICA do not detectably cost more" in answer
+    tests = read(runs / "contrasts", "tests.csv")
+    r = row(tests, level="key", family="temporal", against="magnitude-matched", ablation="zero")
+    assert f"beside equally active neurons +{r.difference:.3f} (+{r.low:.3f} to +{r.high:.3f}) *" in text
+    null = row(tests, level="key", family="spatial", against="layer-matched", ablation="zero")
+    assert f"reliably seen from {null.detectable:.4f}" in text  # a null result names what it could have seen
+    assert "Without these the loss changes by: spatial ICA" in text
+    assert "FFT, key networks masked made the model worse" in section(text, "Fine-tuning through the masks")
+
+
+def test_the_report_counts_what_did_not_converge(reported):
+    believed = section(reported[2], "Which networks to believe")
+    assert believed.count("| temporal ICA | base, seed ") == 3 and "| 6 of 8 |" in believed
+    assert "no iterations" in believed  # PCA has none
+
+
+def test_text_of_documents_cannot_break_the_page(reported):
+    runs, _, text = reported
+    page = (runs / "networks_report/report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "src=\"http" not in page
+    rows = [line for line in section(text, "What they react to").splitlines() if line.startswith("| temporal ICA 1")]
+    assert len(rows) == 1 and rows[0].count("|") == 4 and "<b>⏎</b>" in rows[0]
+    assert page.count("data:image/png") == text.count("](") == 8
+
+
+def test_the_report_and_its_figures_are_published_and_reproducible(reported, monkeypatch, tmp_path):
+    runs, figures, text = reported
+    names = {p.name for p in figures.iterdir()}
+    assert {"report.md", "table.csv", "tests.csv", "curves.csv", "ablation_forest.png", "network_maps.svg"} <= names
+    assert not any(n.endswith(".html") for n in names)
+    monkeypatch.setenv("MFT_NB_RUNS", str(runs.parent))
+    monkeypatch.setenv("MFT_NB_FIGURES", str(tmp_path))
+    f = gather("made-up", list(SEEDS), ["key", "complement"])
+    draw(f, tmp_path / "again")
+    again = list((tmp_path / "again").iterdir())
+    assert len(again) == 16 and all(p.read_bytes() == (figures / p.name).read_bytes() for p in again)
+
+
+def test_one_run_without_masked_recipes_is_reported(runs):
+    made.make_all(runs, seeds=(4,), recipes=(), networks=2, draws=200, domains={"": 1.2})
+    text = (write_networks_report("made-up", [4], []) / "report.md").read_text()
+    assert "one fine-tuning run" in text and "## Fine-tuning through" not in text
+
+
+def row_of(level, family, against, difference, p):
+    return dict(level=level, family=family, against=against, difference=difference, p_holm=p, seed="all",
+                measure="validation_loss", ablation="zero")
+
+
+@pytest.mark.parametrize("layer, active, verdict", [
+    ((.1, .01), (.1, .01), "more"), ((.1, .01), (.1, .2), "part"), ((.1, .01), (-.1, .01), "less"),
+    ((-.1, .2), (-.1, .01), "less"), ((.1, .06), (.2, .05), "none"), ((0., 1.), (0., 1.), "none")])
+def test_more_means_more_than_both_matched_controls(layer, active, verdict):
+    tests = pd.DataFrame([row_of("key", "temporal", a, *x) for a, x in zip(MATCHED, (layer, active), strict=True)])
+    assert judged(tests, "key", "temporal") == verdict
+    assert headline(tests, ["temporal"]).startswith(dict(more="Yes: ", part="In part: ").get(verdict, "No: "))
+
+
+def test_pca_is_a_control_and_no_answer():
+    tests = pd.DataFrame([row_of("key", "pca", a, .5, .001) for a in MATCHED])
+    assert headline(tests, ["pca"]) == "Nothing was compared with a matched control."
