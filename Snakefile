@@ -38,7 +38,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def parameters(notebook):
     "What a notebook reads from the study: when one of these changes, it runs again."
-    if not Path("nbs", f"{notebook}.ipynb").exists(): return {}
     known = declared(Path("nbs", f"{notebook}.ipynb").resolve())
     return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner", "level", "which")} | MACHINE
 
@@ -84,7 +83,7 @@ def sources(v, s):
 def before_recipe(wildcards):
     "What a recipe starts from, and the networks that it masks unless a file names their neurons."
     if RECIPES[wildcards.recipe].start == "fft": return [done(f"finetune/fft-seed{wildcards.seed}")]
-    masks = wildcards.recipe in ("key", "complement") and not P.get("neuron_mask")
+    masks = wildcards.recipe in ("key", "complement") and not P["neuron_mask"]
     return [done(f"networks/base-seed{wildcards.seed}")] if masks else []
 
 
