@@ -905,6 +905,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mft_nb.sites.features': ('sites.html#features', 'mft_nb/sites.py'),
                               'mft_nb.sites.intermediate_size': ('sites.html#intermediate_size', 'mft_nb/sites.py'),
                               'mft_nb.sites.is_plain': ('sites.html#is_plain', 'mft_nb/sites.py'),
+                              'mft_nb.sites.not_called': ('sites.html#not_called', 'mft_nb/sites.py'),
                               'mft_nb.sites.transformers_model': ('sites.html#transformers_model', 'mft_nb/sites.py')},
             'mft_nb.slots': { 'mft_nb.slots.SlotLayer': ('slots.html#slotlayer', 'mft_nb/slots.py'),
                               'mft_nb.slots.SlotLayer.__init__': ('slots.html#slotlayer.__init__', 'mft_nb/slots.py'),

@@ -6,7 +6,7 @@
 __all__ = ['Benchmarks', 'Ks', 'ANSWER', 'check', 'load_benchmark', 'answer_problems', 'judged', 'problem_row', 'scores',
            'chosen_problems', 'held_out', 'evaluate', 'summary']
 
-# %% ../nbs/50_evaluate.ipynb #24fa5ada
+# %% ../nbs/50_evaluate.ipynb #e3d7cacf
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from .chat import encode_rows
 from .device import Device, pick_device
 from .generate import Sampling, generate
 from .loss import evaluate_losses
-from .model import ModelName, load_tokenizer
+from .model import ModelName, Template, load_tokenizer
 from .problems import Benchmark, described, load_problems
 from .sandbox import protection
 from .study import (Count, CountOrZero, NonNegative, OptionalFile, Seed, Share, StudyName, checked, finished,
@@ -25,11 +25,11 @@ from .study import (Count, CountOrZero, NonNegative, OptionalFile, Seed, Share, 
 from .styles import Style, program_of, prompt_ids, reference, stop_rule
 from .verdicts import CORRECTIONS, journal_rows, pass_at_k, score, write_down
 
-# %% ../nbs/50_evaluate.ipynb #a5930157
+# %% ../nbs/50_evaluate.ipynb #c667fade
 Benchmarks = Annotated[list[Benchmark], Field(min_length=1), AfterValidator(no_repeats)]
 Ks = Annotated[list[Count], Field(min_length=1), AfterValidator(no_repeats)]
 
-# %% ../nbs/50_evaluate.ipynb #8aed697b
+# %% ../nbs/50_evaluate.ipynb #a6ded2e6
 def check(params: dict) -> None:
     "Refuse combinations that cannot work; raises ValueError."
     if params["samples"] > 1 and not params["temperature"]:
@@ -46,7 +46,7 @@ def load_benchmark(name: str, params: dict) -> list[dict]:
     path = lambda key: project_root() / params[key] if params[key] else None
     return load_problems(name, path(f"{name}_plus"), path("mbpp"))
 
-# %% ../nbs/50_evaluate.ipynb #12b4642c
+# %% ../nbs/50_evaluate.ipynb #bb12b414
 def answer_problems(
     net, tokenizer,
     problems: list[dict],  # of load_problems
@@ -79,7 +79,7 @@ def answer_problems(
                  lambda i, text: rules[i](text), sampling, samples, done, tick)
     return [[known[key(p, s)] for s in range(samples)] for p in problems]
 
-# %% ../nbs/50_evaluate.ipynb #50709435
+# %% ../nbs/50_evaluate.ipynb #5645ae37
 ANSWER = ("completion", "tokens", "cut", "code", "passed", "base", "plus", "status", "failing", "reason", "seconds")
 
 
@@ -114,7 +114,7 @@ def scores(rows: list[dict], ks: list[int]) -> dict:
         for k in ks: found[f"pass_at_{k}{suffix}"] = float(pass_at_k(n, [r[f"passed_{suite}"] for r in rows], k).mean())
     return found | dict(tokens=sum(r["tokens"] for r in rows), cut=sum(r["cut"] for r in rows))
 
-# %% ../nbs/50_evaluate.ipynb #78e59e40
+# %% ../nbs/50_evaluate.ipynb #5519cde8
 def chosen_problems(problems: list[dict], n: int) -> list[dict]:
     "All problems, or n of them spread evenly."
     return problems if not n or n >= len(problems) else [problems[i * len(problems) // n] for i in range(n)]
@@ -132,10 +132,10 @@ def held_out(data: Path, tokenizer, max_tokens: int) -> tuple[list[tuple[str, di
 
 @checked
 def evaluate(
-    study: StudyName, model: ModelName, seed: Seed, variant: VariantName, programs: bool, benchmarks: Benchmarks,
-    style: Style, problems: CountOrZero, samples: Count, temperature: NonNegative, top_p: Share, ks: Ks,
-    max_new_tokens: Count, generation_batch_size: CountOrZero, max_tokens: Count, humaneval_plus: OptionalFile,
-    mbpp_plus: OptionalFile, mbpp: OptionalFile,
+    study: StudyName, model: ModelName, template: Template, seed: Seed, variant: VariantName, programs: bool,
+    benchmarks: Benchmarks, style: Style, problems: CountOrZero, samples: Count, temperature: NonNegative,
+    top_p: Share, ks: Ks, max_new_tokens: Count, generation_batch_size: CountOrZero, max_tokens: Count,
+    humaneval_plus: OptionalFile, mbpp_plus: OptionalFile, mbpp: OptionalFile,
 ) -> Path:
     "Evaluate one variant; returns runs/<study>/evaluate/<variant>-seed<seed>. Parameters as in the cell above."
     params, where = dict(locals()), pick_device()
@@ -148,7 +148,8 @@ def evaluate(
         stage.note(device=str(where), sandbox=list(protection()) if programs else [])
         print(where)
         seed_everything(seed)
-        tokenizer, net = load_tokenizer(v.checkpoint or model), load_variant(v, model, where)
+        tokenizer = load_tokenizer(v.checkpoint) if v.checkpoint else load_tokenizer(model, template)
+        net = load_variant(v, model, where)
         asked = [p for name in benchmarks for p in chosen_problems(load_benchmark(name, params), problems)]
         held, too_long = held_out(data, tokenizer, max_tokens)
         examples = [example for _, example in held] + [reference(tokenizer, p, style) for p in asked]

@@ -6,7 +6,7 @@
 __all__ = ['HarnessStyle', 'SUBJECTS', 'TASKS', 'SUBJECT_NAMES', 'Task', 'provide_punkt', 'local_rows', 'load_tasks', 'quiet',
            'Job', 'harness_model', 'kept_answers', 'item_rows', 'means', 'score_task', 'check', 'harness']
 
-# %% ../nbs/52_harness.ipynb #55d4efa6
+# %% ../nbs/52_harness.ipynb #ee27ce3b
 import contextlib
 import hashlib
 import importlib.util
@@ -22,17 +22,17 @@ from .apply_mask import VariantName, load_variant, variant_of
 from .contamination import BENCHMARKS, HarnessFiles, HarnessTasks, benchmark_texts, files_of
 from .device import Device, pick_device
 from .generate import generate
-from .model import ModelName, load_tokenizer
+from .model import ModelName, Template, load_tokenizer
 from .parts import PartError, part
 from .sources import Hub, in_hub_cache, reach_hub, read_records, source_file
 from mft_nb.study import (
     CountOrZero, Seed, StudyName, checked, open_stage, progress, seed_everything, settings, sha256, write_jsonl,
 )
 
-# %% ../nbs/52_harness.ipynb #16f8eb7b
+# %% ../nbs/52_harness.ipynb #e6012a30
 HarnessStyle = Literal["chat", "official"]
 
-# %% ../nbs/52_harness.ipynb #0760dfa4
+# %% ../nbs/52_harness.ipynb #2e1d21c9
 class Task(NamedTuple):
     "A benchmark of the harness."
     folder: str  # in lm-evaluation-harness
@@ -52,7 +52,7 @@ TASKS = {
         "inst_level_loose_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "prompt_level_strict_acc")}),
 }
 
-# %% ../nbs/52_harness.ipynb #9f07ef72
+# %% ../nbs/52_harness.ipynb #b296495b
 def provide_punkt() -> Path:
     "Unpack the English sentence splitter into the cache and tell NLTK; raises PartError when it cannot be fetched."
     import nltk
@@ -70,7 +70,7 @@ def provide_punkt() -> Path:
         nltk.data.path.insert(0, str(home))
     return target
 
-# %% ../nbs/52_harness.ipynb #ff06917e
+# %% ../nbs/52_harness.ipynb #c73f53b7
 SUBJECT_NAMES = {"algebra": "Algebra", "counting_and_prob": "Counting & Probability", "geometry": "Geometry",
                  "intermediate_algebra": "Intermediate Algebra", "num_theory": "Number Theory",
                  "prealgebra": "Prealgebra", "precalc": "Precalculus"}
@@ -123,7 +123,7 @@ def quiet() -> None:
     "The harness warns about everything that we do on purpose."
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
-# %% ../nbs/52_harness.ipynb #79d09a0e
+# %% ../nbs/52_harness.ipynb #6621acb8
 class Job(NamedTuple):
     "A prompt that is to be answered."
     key: str  # the same for the same prompt and settings
@@ -194,7 +194,7 @@ def kept_answers(path: Path) -> dict[str, str]:
         write_jsonl(path, good)
     return {row["key"]: row["text"] for row in good}
 
-# %% ../nbs/52_harness.ipynb #3c07a229
+# %% ../nbs/52_harness.ipynb #c58dce0f
 def item_rows(
     task: str,  # a key of `TASKS`
     samples: dict[str, list[dict]],  # of the harness's results: name -> records
@@ -221,7 +221,7 @@ def means(rows: list[dict]) -> dict[str, float]:
     total = {m: [(r["value"], r["weight"]) for r in rows if r["metric"] == m] for m in {r["metric"]: 0 for r in rows}}
     return {m: sum(v * w for v, w in found) / sum(w for _, w in found) for m, found in total.items()}
 
-# %% ../nbs/52_harness.ipynb #ee6c683f
+# %% ../nbs/52_harness.ipynb #de49e0c0
 def score_task(
     lm,  # of `harness_model`, or any other LM of the harness
     task: str,  # a key of `TASKS`
@@ -241,7 +241,7 @@ def score_task(
            for ours, (metric, chosen) in TASKS[task].metrics.items()}
     return rows, answers, own
 
-# %% ../nbs/52_harness.ipynb #bd7b1bf5
+# %% ../nbs/52_harness.ipynb #fc94fa60
 def check(params: dict) -> None:
     "Refuse what can be known before work starts: the extra, files, the hub, the sentence splitter. Raises ValueError."
     files = files_of(params["harness_tasks"], params["harness_files"])
@@ -265,8 +265,8 @@ def check(params: dict) -> None:
 
 @checked
 def harness(
-    study: StudyName, model: ModelName, seed: Seed, variant: VariantName, harness_tasks: HarnessTasks,
-    harness_files: HarnessFiles, harness_limit: CountOrZero, harness_style: HarnessStyle,
+    study: StudyName, model: ModelName, template: Template, seed: Seed, variant: VariantName,
+    harness_tasks: HarnessTasks, harness_files: HarnessFiles, harness_limit: CountOrZero, harness_style: HarnessStyle,
     harness_max_tokens: CountOrZero, harness_batch_size: CountOrZero,
 ) -> Path:
     "Stage `harness`: returns runs/<study>/harness/<variant>-seed<seed>. Parameters as in the cell above."
@@ -279,7 +279,8 @@ def harness(
             return stage.path
         stage.note(device=str(where))
         seed_everything(seed)
-        tokenizer, net = load_tokenizer(v.checkpoint or model), load_variant(v, model, where)
+        tokenizer = load_tokenizer(v.checkpoint) if v.checkpoint else load_tokenizer(model, template)
+        net = load_variant(v, model, where)
         items, answers, tasks = [], [], {}
         for task, file in files.items():
             lm = harness_model(net, tokenizer, where, stage.work / f"written-{task}.jsonl", harness_batch_size,

@@ -223,7 +223,7 @@ def test_the_mask_in_memory_is_what_answers(tiny, files, tmp_path):
 
 def stage(files, **changes):
     given = dict(harness_tasks=list(files), harness_files=[f"{t}={f}" for t, f in files.items()], harness_max_tokens=6)
-    return dict(study="smoke", model="tiny", seed=0, variant="base", **PARAMS | given | changes)
+    return dict(study="smoke", model="tiny", template="auto", seed=0, variant="base", **PARAMS | given | changes)
 
 
 @pytest.fixture

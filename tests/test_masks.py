@@ -477,9 +477,9 @@ def test_a_published_variant_is_the_loaded_one_in_any_dtype(study, name, dtype):
     assert ("pretrained values" in card) == (mode == "reset") and ("also changed" in card) == (name[:2] in ("so", "mo"))
 
 
-MEASURED = dict(model="tiny", seed=0, programs=True, benchmarks=["humaneval"], style="chat", problems=2, samples=1,
-                temperature=0.0, top_p=1.0, ks=[1], max_new_tokens=6, generation_batch_size=2, max_tokens=1024,
-                humaneval_plus="", mbpp_plus="", mbpp="")
+MEASURED = dict(model="tiny", template="auto", seed=0, programs=True, benchmarks=["humaneval"], style="chat",
+                problems=2, samples=1, temperature=0.0, top_p=1.0, ks=[1], max_new_tokens=6, generation_batch_size=2,
+                max_tokens=1024, humaneval_plus="", mbpp_plus="", mbpp="")
 
 
 @pytest.mark.parametrize("name", ["sci", "sci.reset", "sci.rescale", "sci.dare", "solved"])
