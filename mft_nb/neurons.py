@@ -7,9 +7,10 @@ __all__ = ['NEURONS', 'MEANS', 'NeuronMask', 'save_neurons', 'load_neurons', 'to
            'install', 'ablate', 'Piece', 'columns', 'zero_columns', 'Held', 'rows', 'save_beside', 'load_beside',
            'install_saved']
 
-# %% ../nbs/05_neurons.ipynb #63fcf0ac
+# %% ../nbs/05_neurons.ipynb #39fa2ff3
 import contextlib
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .mask import Mask
-from .sites import Site, base_layer, capture, down_projections, features, is_plain, transformers_model
+from .sites import (Site, base_layer, capture, down_projections, features, is_plain, not_called,
+                          transformers_model)
 from .study import write_whole
 
-# %% ../nbs/05_neurons.ipynb #1f82bb4d
+# %% ../nbs/05_neurons.ipynb #ca54b432
 class NeuronMask:
     "Masked neurons by layer, with provenance."
     def __init__(
@@ -37,7 +39,7 @@ class NeuronMask:
             raise ValueError(f"layers: found {other}, allowed are {', '.join(map(str, self.sizes))}")
         self.neurons = {}
         for layer, size in self.sizes.items():
-            chosen = sorted({int(i) for i in neurons.get(layer, ())})
+            chosen = sorted({operator.index(i) for i in neurons.get(layer, ())})
             if chosen and not 0 <= chosen[0] <= chosen[-1] < size:
                 raise ValueError(f"layer {layer}: found neurons {chosen[0]} to {chosen[-1]}, allowed are 0 to "
                                  f"{size - 1}")
@@ -73,7 +75,8 @@ class NeuronMask:
 
     def complement(self) -> "NeuronMask":
         "All others of the same layers."
-        return NeuronMask.from_vector(~self.vector(), self.sizes, self.provenance | dict(complement=True))
+        about = self.provenance | dict(complement=not self.provenance.get("complement", False))
+        return NeuronMask.from_vector(~self.vector(), self.sizes, about)
 
     def __or__(self, other: "NeuronMask") -> "NeuronMask":
         return NeuronMask.from_vector(self.vector() | self._alike(other).vector(), self.sizes)
@@ -96,7 +99,7 @@ class NeuronMask:
         return (f"NeuronMask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} neurons masked "
                 f"in {len(self.neurons)} of {len(self.sizes)} layers)")
 
-# %% ../nbs/05_neurons.ipynb #9636b8f4
+# %% ../nbs/05_neurons.ipynb #f28a660e
 def save_neurons(mask: NeuronMask, path: str | Path) -> Path:
     'Write the masked neurons as JSON: {"layer": [neurons]}.'
     rows = ",\n".join(f'"{layer}": {json.dumps(chosen)}' for layer, chosen in mask.neurons.items())
@@ -118,11 +121,11 @@ def load_neurons(
         if not isinstance(found, dict) or not all(type(i) is int for row in found.values() for i in row):
             raise ValueError("found something else than lists of whole numbers")
         mask = NeuronMask({int(layer): row for layer, row in found.items()}, sizes, dict(file=Path(path).name))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f'{Path(path).name}: {e}; needed is {{"layer": [neurons], ...}}') from None
     return mask if mode == "key" else mask.complement()
 
-# %% ../nbs/05_neurons.ipynb #bc25475e
+# %% ../nbs/05_neurons.ipynb #9e657bc0
 def to_mask(mask: NeuronMask, model: nn.Module) -> Mask:
     "The mask over weights that zeroes the columns of the masked neurons; of layers with any."
     sites, by_layer, columns = _sites(model, mask), mask.by_layer(), {}
@@ -153,11 +156,11 @@ def _sites(model: nn.Module, mask: NeuronMask) -> dict[int, Site]:
                          f"{sites[wrong[0]].neurons}")
     return sites
 
-# %% ../nbs/05_neurons.ipynb #61565979
+# %% ../nbs/05_neurons.ipynb #ff6ab7a1
 class Installed:
     "A neuron mask at work on a model, until `remove`."
     def __init__(self, model: nn.Module, mask: NeuronMask, means: Mapping[int, torch.Tensor] | None = None):
-        self.mask, self.means, self.hooks, self.keepers = mask, means, {}, []
+        self.mask, self.means, self.hooks, self.keepers, self.waiting = mask, means, {}, [], set()
         sites, by_layer = _sites(model, mask), mask.by_layer()
         values = None if means is None else {layer: _mean(means, layer, mask) for layer in mask.neurons}
         for layer in mask.neurons:
@@ -165,19 +168,25 @@ class Installed:
             with torch.inference_mode(False):  # else no gradient could pass later
                 masked = by_layer[layer].to(device, copy=True)
                 value = None if values is None else values[layer].to(device, copy=True)
-            self._follow(sites[layer], partial(_replace, masked, value))
+            self._follow(sites[layer], masked, value)
         self.model = transformers_model(model)[1]
         vars(self.model).setdefault("neuron_masks", []).append(self)
 
-    def _follow(self, site: Site, replace) -> None:
-        "Put the hook on the module that is at the site, now and whenever the block runs."
+    def _follow(self, site: Site, masked: torch.Tensor, value: torch.Tensor | None) -> None:
+        "Put the hook on the module that is at the site, now and whenever the block runs, and see that it is called."
+        def replace(module, args):
+            self.waiting.discard(site.layer)
+            return _replace(masked, value, module, args)
         def keep(block, args):
             module = block.get_submodule(site.path)
+            self.waiting.add(site.layer)
             if module is self.hooks.get(site.layer, (None,))[0]: return
             if site.layer in self.hooks: self.hooks[site.layer][1].remove()
             self.hooks[site.layer] = module, module.register_forward_pre_hook(replace, prepend=True)
+        def was_called(block, args, output):
+            if site.layer in self.waiting: raise not_called(site)
         keep(site.block, ())
-        self.keepers.append(site.block.register_forward_pre_hook(keep))
+        self.keepers += [site.block.register_forward_pre_hook(keep), site.block.register_forward_hook(was_called)]
 
     def remove(self) -> None:
         "Take the mask off the model."
@@ -217,7 +226,7 @@ def ablate(model: nn.Module, mask: NeuronMask, means: Mapping[int, torch.Tensor]
     try: yield installed
     finally: installed.remove()
 
-# %% ../nbs/05_neurons.ipynb #d2649046
+# %% ../nbs/05_neurons.ipynb #2e3c4677
 class Piece(NamedTuple):
     "What of a parameter belongs to some neurons."
     parameter: nn.Parameter
@@ -258,7 +267,7 @@ def zero_columns(model: nn.Module, mask: NeuronMask) -> None:
     for piece in [p for layer in mask.neurons for part in columns(sites[layer], by_layer[layer]) for p in part]:
         piece.put(torch.zeros_like(piece.get()))
 
-# %% ../nbs/05_neurons.ipynb #8f1c4a6b
+# %% ../nbs/05_neurons.ipynb #b36f5878
 class Held:
     "All weights of the masked neurons, to be put back to the bit after each optimizer step."
     def __init__(self, model: nn.Module, mask: NeuronMask):  # once everything that will be trained is there
@@ -302,7 +311,7 @@ def rows(feeder: nn.Module, masked: torch.Tensor) -> tuple[list[Piece], list[Pie
     bias = [_piece(linear.bias, 0, masked)] if linear.bias is not None else []
     return matrix + bias, [_piece(w, 0, masked) for w in lora]
 
-# %% ../nbs/05_neurons.ipynb #2d0a5515
+# %% ../nbs/05_neurons.ipynb #a5fdbe4d
 NEURONS, MEANS = "neurons.json", "neuron_means.safetensors"
 
 def save_beside(mask: NeuronMask, folder: Path, means: Mapping[int, torch.Tensor] | None = None) -> None:

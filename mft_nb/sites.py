@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'Site', 'base_layer', 'features', 'is_plain', 'intermediate_size', 'transformers_model', 'down_projections',
-           'capture']
+           'not_called', 'capture']
 
-# %% ../nbs/04_sites.ipynb #a5d9765d
+# %% ../nbs/04_sites.ipynb #1ffbe7b4
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .model import layers_of
 
-# %% ../nbs/04_sites.ipynb #d0ca6fed
+# %% ../nbs/04_sites.ipynb #9c1dfce5
 ROLES = {  # down projection -> what feeds its input; names inside a transformer block
     "mlp.down_proj": ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),  # Llama, Qwen, Gemma, Mistral, Phi3, ...
     "mlp.c_proj": ("mlp.c_fc",),  # GPT-2
@@ -51,7 +51,7 @@ class Site:
         "Whether its matrix can be read and written: false when it is quantised."
         return is_plain(self.base())
 
-# %% ../nbs/04_sites.ipynb #decc8c0c
+# %% ../nbs/04_sites.ipynb #431ea110
 def base_layer(module: nn.Module) -> nn.Module:
     "The innermost module of a chain of wrappers, as peft makes them."
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module): module = inner
@@ -75,7 +75,7 @@ def intermediate_size(config, layer: int) -> int:
         if size := getattr(config, key, None): return size[layer] if isinstance(size, list | tuple) else size
     return 4 * config.hidden_size
 
-# %% ../nbs/04_sites.ipynb #f0337b8b
+# %% ../nbs/04_sites.ipynb #215a26c5
 def transformers_model(model: nn.Module) -> tuple[str, PreTrainedModel]:
     "Name and module of the transformers model inside wrappers, if any. Raises ValueError when there is none."
     found = next(((n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
@@ -120,7 +120,12 @@ def _site(inner: PreTrainedModel, prefix: str, name: str, block: nn.Module, laye
     return Site(layer, f"{prefix}.{full}" if prefix else full, module, *shape, f"{full}.weight",
                 isinstance(base_layer(module), Conv1D), feeders, block, path)
 
-# %% ../nbs/04_sites.ipynb #ebd0edf5
+# %% ../nbs/04_sites.ipynb #2b301f6e
+def not_called(site: Site) -> RuntimeError:
+    "What to raise when a block ran without calling its down projection."
+    return RuntimeError(f"layer {site.layer}: the block ran without calling {site.name}, so hooks see and change "
+                        f"nothing; load the model without fused or compiled MLP kernels")
+
 @contextlib.contextmanager
 def capture(
     model: nn.Module,
@@ -135,12 +140,15 @@ def capture(
         shapes[layer] = (args[0] if args else kwargs["hidden_states"]).shape[:-1]
     def see(module, args, layer):
         x = args[0].detach()
-        update(layer, x.reshape(*shapes[layer], x.shape[-1]))
+        update(layer, x.reshape(*shapes.pop(layer), x.shape[-1]))
+    def was_called(block, args, output, layer):
+        if layer in shapes: raise not_called(sites[layer])
     bind = lambda hook, layer: lambda *given: hook(*given, layer)
     try:
         for layer, site in sites.items():
             handles.append(site.block.register_forward_pre_hook(bind(note, layer), with_kwargs=True))
             handles.append(site.module.register_forward_pre_hook(bind(see, layer)))
+            handles.append(site.block.register_forward_hook(bind(was_called, layer)))
         yield sites
     finally:
         for handle in handles: handle.remove()

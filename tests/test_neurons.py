@@ -388,7 +388,7 @@ def test_recomputed_activations_are_masked_too():
     grads = []
     for recompute in (False, True):
         net = build("llama").train()
-        if recompute: net.gradient_checkpointing_enable()
+        if recompute: net.activation_checkpointing_enable()
         install(net, some(net))
         net(input_ids=IDS, labels=IDS).loss.backward()
         grads.append(net.model.layers[0].mlp.up_proj.weight.grad)
@@ -569,7 +569,7 @@ def test_a_published_variant_needs_no_hooks(masked_checkpoint):
 
 
 WRONG = ["{", "[]", '{"0": [1.5]}', '{"0": [true]}', '{"0": [[1]]}', '{"0": [80]}', '{"3": [1]}', '{"0": [-1]}',
-         '{"0": null}', '{"0": "12"}', '{"0": [1], "0": [2]}', "\x00\xff"]
+         '{"0": null}', '{"0": "12"}', '{"0": {"1": 2}}', "[" * 100_000, '{"0": [1], "0": [2]}', "\x00\xff"]
 
 
 @pytest.mark.parametrize("text", WRONG)
@@ -652,3 +652,21 @@ def test_an_overflow_in_a_masked_neuron_spoils_no_gradient():
     net.zero_grad()
     net(input_ids=IDS, labels=IDS).loss.backward()
     assert not finite()
+
+
+@pytest.mark.parametrize("hooks", [lambda net: ablate(net, some(net)), lambda net: capture(net, lambda layer, x: None)])
+def test_a_block_that_goes_around_its_down_projection_is_an_error(hooks):
+    "As a fused kernel does, that takes the weights and never calls the module."
+    net = build("llama")
+    mlp = net.model.layers[1].mlp
+    mlp.forward = lambda x: nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+    clean = logits(net)
+    with hooks(net), pytest.raises(RuntimeError, match="layer 1.*fused"): logits(net)
+    assert torch.equal(logits(net), clean) and torch.equal(clean, logits(build("llama")))
+
+
+def test_numbers_of_neurons_are_whole():
+    with pytest.raises(TypeError): NeuronMask({0: [1.5]}, {0: 80})
+    mask = NeuronMask({0: torch.tensor([3, 1])}, {0: 80}, dict(method="x"))
+    assert mask.neurons == {0: [1, 3]}
+    assert [m.provenance["complement"] for m in (mask.complement(), mask.complement().complement())] == [True, False]
