@@ -298,7 +298,12 @@ def test_the_defaults_are_the_smoke_study(smoke_defaults):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-def test_every_study_can_be_read(path):
+def test_every_study_can_be_read(path, tmp_path):
+    if "data/questions.csv" in (text := path.read_text()) and not (ROOT / "data/questions.csv").exists():
+        with pytest.raises(ValueError, match="data/questions.csv.*no such file"): read_study(path)
+        (mine := tmp_path / "questions.csv").write_text("question,answer\n2 + 2?,4\n")  # the file of the user
+        path = tmp_path / path.name
+        path.write_text(text.replace("data/questions.csv", str(mine)))
     params = read_study(path)
     assert params["study"] == path.stem
     for nb in stage_notebooks():  # what a notebook gets by -f must be known to it or to another one
