@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'FFT', 'CONTROL_FAMILY', 'SUPER', 'MATCHED', 'key_of', 'm
            'paired', 'Contrast', 'controls_of', 'named', 'contrasts', 'in_all', 'one_test', 'all_tests', 'all_values',
            'all_curves', 'isolated', 'contrast_networks']
 
-# %% ../nbs/63_contrasts.ipynb #2152ab10
+# %% ../nbs/63_contrasts.ipynb #3dbfaf85
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .compare import ALPHA, difference_row, holm, runs_of, value_row
 from .instruments import Instrument, instrument
 from .study import Count, Seeds, StudyName, finished, open_stage, read_jsonl
 
-# %% ../nbs/63_contrasts.ipynb #cc370e8b
+# %% ../nbs/63_contrasts.ipynb #13754333
 MEASURES = {"loss": "validation_loss", "accuracy": "token_accuracy"}  # column of items.jsonl -> key
 
 def key_of(column: str, domain: str) -> str:
@@ -34,7 +34,7 @@ def measure(key: str) -> Instrument:
     name = "token accuracy" + (f" on {'HumanEval solutions' if where == 'reference' else where}" if where else "")
     return Instrument(key, name, "points", 100, +1, True, "domain" if where else "own")
 
-# %% ../nbs/63_contrasts.ipynb #8dbd26a8
+# %% ../nbs/63_contrasts.ipynb #1c4c4cec
 @dataclass
 class Measured:
     "All ablations of a study: `masks` has a row for each mask and seed, `values` a number for each example under it."
@@ -61,7 +61,7 @@ def read_ablations(study: str, seeds: list[int]) -> Measured:
             values[key_of(column, domain)] = dict(zip(wide.index, wide.to_numpy(), strict=True))
     return Measured(pd.concat(masks, ignore_index=True), values, pd.concat(baselines).groupby("domain").mean())
 
-# %% ../nbs/63_contrasts.ipynb #8a1d07df
+# %% ../nbs/63_contrasts.ipynb #cd6f8b6a
 FFT = "none"  # the mask that masks nothing
 
 def of_masks(values: dict[tuple[str, int], np.ndarray], draws: list[list[str]], seeds: list[int]) -> np.ndarray:
@@ -76,7 +76,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
         return a.mean(0), b.mean(0), covers.replace("seeds", "seeds, draws") if draws > 1 else covers
     return *(np.broadcast_to(x[:, 0], (draws, x.shape[2])) for x in (a, b)), "draws and examples"
 
-# %% ../nbs/63_contrasts.ipynb #797c8db5
+# %% ../nbs/63_contrasts.ipynb #10b309b3
 CONTROL_FAMILY, SUPER = "pca", "without-super"
 MATCHED = ("layer-matched", "magnitude-matched")  # the controls that decide
 
@@ -134,7 +134,7 @@ def in_all(masks: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
     sizes = mine.groupby("mask")[["masked", "share", "super"]].mean()
     return mine.drop_duplicates("mask").drop(columns=[*sizes, "seed"]).join(sizes, on="mask")
 
-# %% ../nbs/63_contrasts.ipynb #a671da57
+# %% ../nbs/63_contrasts.ipynb #eb145355
 def one_test(m: Measured, sizes: dict, c: Contrast, key: str, seeds: list[int], draws: int, tests: int) -> dict:
     "A row of tests.csv: difference = mask - against, of a run or of all runs together."
     a, b, covers = paired(*(of_masks(m.values[key], x, seeds) for x in (c.masks, c.other)))
@@ -166,7 +166,7 @@ def all_values(m: Measured, seeds: list[int], draws: int) -> pd.DataFrame:
         for name, chosen in runs_of(seeds) for r in in_all(m.masks, chosen).itertuples(index=False)
         for key, values in m.values.items()]).drop(columns="passed")
 
-# %% ../nbs/63_contrasts.ipynb #fcedcf04
+# %% ../nbs/63_contrasts.ipynb #759857c6
 def all_curves(m: Measured, seeds: list[int], draws: int) -> pd.DataFrame:
     "curves.csv: family or control, kept share, value, recovered, and the difference against each control."
     found = []
@@ -203,7 +203,7 @@ def isolated(
                 if k in ("difference", "low", "high", "p")}
     return row
 
-# %% ../nbs/63_contrasts.ipynb #1ac88913
+# %% ../nbs/63_contrasts.ipynb #11c1e7c9
 def contrast_networks(study: str, seeds: list[int], bootstrap_draws: int) -> Path:
     "Test the ablations of all runs; returns runs/<study>/contrasts. Parameters as in the cell above."
     params = dict(locals())

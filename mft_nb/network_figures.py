@@ -6,7 +6,7 @@
 __all__ = ['Members', 'LEVELS', 'ROWS', 'in_families', 'network_maps', 'one_map', 'layer_profiles', 'covered', 'ablation_forest',
            'forest_panel', 'network_costs', 'isolation_curves', 'stability_plot', 'overlap_plot']
 
-# %% ../nbs/73_network_figures.ipynb #d79a39d6
+# %% ../nbs/73_network_figures.ipynb #a1ae4791
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from .figures import runs_in_words, spread_out, styled
 from .names import NETWORKS, RIVALS
 from .study_figures import logarithmic
 
-# %% ../nbs/73_network_figures.ipynb #1ed748b4
+# %% ../nbs/73_network_figures.ipynb #fd5cbd90
 Members = dict[int, list[int]]  # layer -> neurons: a masks/*.json file
 
 def in_families(names) -> list[str]:
@@ -64,13 +64,13 @@ def one_map(ax, members: Members, weights: np.ndarray, sizes: dict[int, int]) ->
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(length=2)
 
-# %% ../nbs/73_network_figures.ipynb #55a097b7
+# %% ../nbs/73_network_figures.ipynb #12e3cb66
 @styled
 def layer_profiles(members: dict[str, list[Members]], sizes: dict[int, int], study: str) -> Figure:
     "A row for each network, a column for each layer: where its members are."
     families = in_families(members)
     counts = {f: np.array([[len(m.get(i, [])) for i in sizes] for m in members[f]]) for f in families}
-    figure, axes = plt.subplots(len(families), 1, figsize=(7.5, .9 + .2 * sum(map(len, counts.values()))), sharex=True,
+    figure, axes = plt.subplots(len(families), 1, figsize=(7.5, 1. + .11 * sum(map(len, counts.values()))), sharex=True,
                                 squeeze=False, height_ratios=[len(c) for c in counts.values()])
     top = max((100 * c / c.sum(1, keepdims=True).clip(1)).max() for c in counts.values())
     for ax, f in zip(axes[:, 0], families, strict=True):
@@ -85,7 +85,7 @@ def layer_profiles(members: dict[str, list[Members]], sizes: dict[int, int], stu
     figure.suptitle(f"{study}: in which layers the members of each network are", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #9c457e5f
+# %% ../nbs/73_network_figures.ipynb #6e1e8c19
 def covered(seeds: int) -> str:
     "What the intervals of differences cover."
     return "over draws of the controls and examples of one run" if seeds == 1 else f"over {seeds} runs, draws, examples"
@@ -141,7 +141,7 @@ def forest_panel(ax, rows: pd.DataFrame, key: str, place: dict) -> None:
     ax.set(title=f"{kind.name} (n = {rows.n.iloc[0] if len(rows) else 0})",
            xlabel=f"change, {kind.unit}\n← {left}  |  {right} →{log}")
 
-# %% ../nbs/73_network_figures.ipynb #ef53ba0c
+# %% ../nbs/73_network_figures.ipynb #3799d181
 @styled
 def network_costs(tests: pd.DataFrame, key: str, study: str) -> Figure:
     "Cost of each network with its interval, and of its matched controls."
@@ -169,7 +169,7 @@ def network_costs(tests: pd.DataFrame, key: str, study: str) -> Figure:
                     f"filled: differs from both controls, p < {ALPHA} after Holm's correction", x=.01, ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #e8a5f2eb
+# %% ../nbs/73_network_figures.ipynb #ff76078f
 @styled
 def isolation_curves(
     curves: pd.DataFrame,  # curves.csv
@@ -203,7 +203,7 @@ def isolation_curves(
                     ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #98038dd2
+# %% ../nbs/73_network_figures.ipynb #fa4ffc91
 @styled
 def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: str) -> Figure:
     "Stability of the components of each model ('base, seed 0' -> table), and that of noise."
@@ -219,7 +219,7 @@ def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: s
                 ax.scatter(x, r[y], s=13, marker="osD^vPX"[i % 7], lw=.9, edgecolors=tint, alpha=.8,
                            facecolors=[tint if stable else "white" for stable in r.stable.astype(bool)], label=name)
         noise = null[null.family == f].iq
-        if len(noise): column[0].axhspan(noise.min(), noise.quantile(.95), color="0.9", zorder=-2)
+        if len(noise): column[0].axhspan(noise.min(), noise.max(), color="0.9", zorder=-2)
         column[0].set(title=NETWORKS[f].title, ylim=(-.03, 1.05))
         column[1].set(xlabel="rank of the component")
         column[1].xaxis.get_major_locator().set_params(integer=True)
@@ -230,7 +230,7 @@ def stability_plot(tables: dict[str, pd.DataFrame], null: pd.DataFrame, study: s
                     ha="left")
     return figure
 
-# %% ../nbs/73_network_figures.ipynb #7733542f
+# %% ../nbs/73_network_figures.ipynb #9b29a015
 @styled
 def overlap_plot(
     matches: dict[int, pd.DataFrame],  # seed -> match.csv: family, component, partner, correlation
