@@ -7,7 +7,7 @@ __all__ = ['TOLD', 'SECTIONS', 'opening', 'words', 'ablated', 'super_weights', '
            'believed', 'overlap', 'halves', 'jaccards', 'plain', 'in_context', 'reacts', 'where_they_lie', 'how_it_ran',
            'draw', 'write_networks_report']
 
-# %% ../nbs/74_networks_report.ipynb #f8a11eaa
+# %% ../nbs/74_networks_report.ipynb #4e543f28
 import html
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ from .report import TINY, publish, stage_rows
 from .study import Seeds, StudyName, finished, open_stage, read_jsonl, settings
 from .wording import another_recipe, fine_tuning, number
 
-# %% ../nbs/74_networks_report.ipynb #0c452a04
+# %% ../nbs/74_networks_report.ipynb #5597123d
 def opening(f) -> str:
     "Title, answer, question, words."
     runs = (f"{len(f.seeds)} fine-tuning runs; intervals cover runs, draws of the controls, and examples"
@@ -70,7 +70,7 @@ def words(f) -> str:
         "the neurons of largest variance, or largest activity, of all.",
         "- *Fine-tuned* (FFT): the model before any neuron is masked."])
 
-# %% ../nbs/74_networks_report.ipynb #953992b1
+# %% ../nbs/74_networks_report.ipynb #cdf76f33
 TOLD = ("fft", "random", *MATCHED, "top-variance", "top-rms", "pca", "mean")
 
 def ablated(f) -> str:
@@ -114,7 +114,7 @@ def super_weights(f) -> str:
         markdown_table(["layer", "neuron", "largest activation", "largest weight", "product", "of the layer's median",
                         "seed"], rows)])
 
-# %% ../nbs/74_networks_report.ipynb #55ed475e
+# %% ../nbs/74_networks_report.ipynb #20dd0520
 def isolated(f) -> str:
     "What is left when only a share of the neurons stays."
     mine = f.curves[(f.curves.seed == "all") & (f.curves.measure == "validation_loss")]
@@ -144,7 +144,7 @@ def isolated_cell(r) -> str:
     way = f" ({100 * r.recovered:.0f}%)" if pd.notna(r.recovered) else ""
     return f"{r.value:.2f}{way}{mark}".replace("-", "−")
 
-# %% ../nbs/74_networks_report.ipynb #f65b1b08
+# %% ../nbs/74_networks_report.ipynb #a1b57cfb
 def tuned_through(f) -> str:
     "What compare says of the recipes."
     if f.compared is None: return ""
@@ -161,7 +161,7 @@ def tuned_through(f) -> str:
         " ".join([fine_tuning(f.compared), *(another_recipe(f.compared, r) for r in f.recipes)]), beside,
         "![Recipes against full fine-tuning](forest.png)"])
 
-# %% ../nbs/74_networks_report.ipynb #517ca2ae
+# %% ../nbs/74_networks_report.ipynb #ccaa5f3a
 def believed(f) -> str:
     "Stability against noise, agreement of halves, convergence."
     rows = []
@@ -171,17 +171,18 @@ def believed(f) -> str:
             fits = d.fits[(d.fits.family == family) & d.fits.purpose.fillna("null").ne("null")]
             went = f"{int(fits.converged.astype(bool).sum())} of {len(fits)}" if len(fits) else "no iterations"
             rows.append([NETWORKS[family].title, f"{MODELS[which]}, seed {seed}", f"{int(t.stable.sum())} of {len(t)}",
-                         f"{t.iq.median():.2f}", f"{null.quantile(.95):.2f}" if len(null) else "–",
+                         f"{t.iq.median():.2f}", f"{null.max():.2f}" if len(null) else "–",
                          f"{t.split_half.median():.2f}", went, f"{t.n_z2.median():,.0f} / {t.n_z3.median():,.0f} / "
                          f"{t.n_z36.median():,.0f}", f"{t['kurtosis'].median():.1f}"])
-    head = ["family", "model", "stable", "Iq, median", "Iq of noise, 95%", "halves agree, median |r|",
+    head = ["family", "model", "stable", "Iq, median", "Iq of noise, highest", "halves agree, median |r|",
             "fits that converged", "neurons beyond z 2 / 3 / 3.6, median", "kurtosis, median"]
     return "\n\n".join([
         "## Which networks to believe",
         f"The analysis was repeated {f.params['stability_runs']} times from other starting points on bootstrapped "
-        "documents (ICASSO). Iq is 1 when all runs find a component and nothing is like it but itself. The noise has "
-        "the same covariance, so a rotation that is stable there is a matter of variance, not of independence. A fit "
-        "that did not converge is counted, not hidden: it took the result of its last iteration.",
+        "documents (ICASSO). Iq is 1 when all runs find a component and nothing is like it but itself. *Noise* went "
+        "through the same analysis: Gaussian noise of the same covariance, and for temporal ICA also the data with the "
+        "phases shuffled. What is as stable there is no matter of independence; *stable* components beat all of it. A "
+        "fit that did not converge is counted, not hidden: it took the result of its last iteration.",
         markdown_table(head, rows), "![Stability of each component](stability.png)"])
 
 def overlap(f) -> str:
@@ -211,7 +212,7 @@ def jaccards(f) -> tuple[pd.DataFrame, float]:
     same = [[len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for b in names] for a in names]
     return pd.DataFrame(same, names, names), share / (2 - share)
 
-# %% ../nbs/74_networks_report.ipynb #e7495681
+# %% ../nbs/74_networks_report.ipynb #16ad7c94
 def plain(text: str) -> str:
     "Text for a table cell: line breaks visible, nothing that Markdown or HTML would take for its own."
     text = html.escape(text.replace("\n", "⏎").replace("\t", "⇥"), quote=False)
@@ -241,7 +242,7 @@ def reacts(f, shown: int = 5, tokens: int = 4) -> str:
         parts += [f"### {NETWORKS[family].title}", markdown_table(head, rows)]
     return "\n\n".join(parts)
 
-# %% ../nbs/74_networks_report.ipynb #3a699b8f
+# %% ../nbs/74_networks_report.ipynb #f9dda91d
 def where_they_lie(f) -> str:
     "Maps by layer and neuron."
     return "\n\n".join([
@@ -276,7 +277,7 @@ def how_it_ran(f) -> str:
         f"**Device.** {'; '.join(devices)}.", f"**Versions.** {'; or '.join(versions)}. Code revision "
         f"{', '.join(sorted({x['git'] for x in f.manifests.values()}))}."])
 
-# %% ../nbs/74_networks_report.ipynb #13ba06dc
+# %% ../nbs/74_networks_report.ipynb #3dcc74df
 SECTIONS = (opening, ablated, super_weights, isolated, tuned_through, believed, overlap, reacts, where_they_lie,
             how_it_ran)
 
