@@ -254,7 +254,9 @@ def test_gpt2_in_4_bits_trains_adapters(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     rounded, ids = load_four_bit(str(tmp_path), CPU), torch.arange(30)[None]
     exact = load_model(str(tmp_path), CPU)
-    assert (rounded(ids).logits - exact(ids).logits).abs().max() < .3 * exact(ids).logits.abs().max()
+    with torch.no_grad():  # as in a validation, after which bitsandbytes passes no gradient unless it is told
+        difference = (rounded(ids).logits - exact(ids).logits).abs().max()
+    assert difference < .3 * exact(ids).logits.abs().max()
     a, b = module.add_adapters(rounded, 4, 8., 0.), module.add_adapters(exact, 4, 8., 0.)
     names = lambda x: {n: tuple(w.shape) for n, w in x.model.named_parameters() if "lora_" in n}
     assert names(a) == names(b)
