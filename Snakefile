@@ -24,7 +24,7 @@ THREADS = int(config.get("threads", workflow.cores))
 # networks are masks over neurons; that study makes none over weights
 NO_MASKS = dict(methods=[], learners=[]) if NETWORKS else {}
 VARIANTS = variants_of(**dict(recipes=P["recipes"], methods=P["methods"], learners=P["learners"]) | NO_MASKS)
-# an encoder is small: on a CPU its stages are quicker side by side than with two threads in one
+# an encoder is small, and ICA is many small steps: on a CPU quicker side by side than with two threads in one
 SIDE_BY_SIDE = 1 if (available()[0] if settings().device == "auto" else settings().device) == "cpu" else THREADS
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
 
@@ -295,7 +295,7 @@ rule networks:
     input: before_networks, done("data"), code_of("networks")
     output: done("networks/{which}-seed{seed}")
     params: parameters("32_networks")
-    threads: THREADS
+    threads: SIDE_BY_SIDE
     message: "networks of {wildcards.which}, seed {wildcards.seed}"
     shell: run("32_networks", "networks-{wildcards.which}-seed{wildcards.seed}", "which", "seed")
 

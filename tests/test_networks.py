@@ -281,9 +281,9 @@ def test_a_study_that_cannot_run_is_refused(tmp_path, given, said):
 def jobs(tmp_path, target):
     "Jobs that Snakemake would run for one stage of the small study."
     runs = tmp_path / "runs"
-    done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "--nolock", "--config", "study=smoke-networks", "--",
-                           str(runs / "smoke-networks" / target / ".done")], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | dict(MFT_NB_RUNS=str(runs)))
+    command = [sys.executable, "-m", "snakemake", "-n", "--nolock", "--config", "study=smoke-networks", "--"]
+    done = subprocess.run([*command, str(runs / "smoke-networks" / target / ".done")], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | dict(MFT_NB_RUNS=str(runs)))
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^Job \d+: (.+)$", done.stdout, re.MULTILINE))
 
