@@ -8,7 +8,7 @@ __all__ = ['ADAPTERS', 'MASKED', 'RECIPES', 'Recipe', 'Recipes', 'Dropout', 'Abl
            'mean_weights', 'interpolate', 'check', 'check_masked', 'finetune', 'run', 'full', 'mask_neurons', 'lora',
            'qlora', 'continued', 'wise', 'train', 'validation_loss', 'save']
 
-# %% ../nbs/20_finetune.ipynb #d344cbf7
+# %% ../nbs/20_finetune.ipynb #23ff9e8a
 import os
 import shutil
 import time
@@ -37,7 +37,7 @@ from .study import (Count, NonNegative, OptionalFile, Positive, Seed, Share, Stu
 from .train import (Best, differences, last_checkpoint, load_trained, make_trainer, save_trained, tracker,
                           trained, training_order)
 
-# %% ../nbs/20_finetune.ipynb #0348cafc
+# %% ../nbs/20_finetune.ipynb #4cf7a7f0
 class How(NamedTuple):
     "One way of fine-tuning."
     what: str
@@ -81,7 +81,7 @@ def checkpoint_of(study: str, recipe: str, seed: int) -> Path:
     home, name = ("continued", "average") if recipe == "average" else (recipe, "checkpoint")
     return finished(study, f"finetune/{home}-seed{seed}") / name
 
-# %% ../nbs/20_finetune.ipynb #e1c7c499
+# %% ../nbs/20_finetune.ipynb #25cac148
 def add_adapters(
     net: nn.Module,  # changed in place: adapters beside all projection matrices of all blocks, all else frozen
     rank: int,
@@ -102,7 +102,7 @@ def merge_adapters(adapted) -> nn.Module:
     net.__dict__.pop("peft_config", None)  # peft leaves it behind
     return net.requires_grad_(True)
 
-# %% ../nbs/20_finetune.ipynb #73c5a833
+# %% ../nbs/20_finetune.ipynb #3cf207e3
 class Hold(TrainerCallback):
     "Put back what masked neurons hold after each step of the optimizer."
     def __init__(self, held: Held): self.held = held
@@ -134,16 +134,17 @@ def mean_inputs(
 ) -> dict[int, torch.Tensor]:  # layer -> (neurons,), float64
     "Mean of each neuron over the tokens of chats, one after the other and so without padding."
     device, sums, n = next(net.parameters()).device, {}, 0
-    def add(layer, x): sums[layer] = sums.get(layer, 0) + x[0, counts].double().sum(0)
+    def add(layer, x):  # per chat in float32, where the tensor is: Apple's GPUs have no float64
+        sums[layer] = sums.get(layer, 0) + x[0, counts].float().sum(0).cpu().double()
     with inference(net), capture(net, add, layers):
         for example in examples:
             ids = torch.tensor(example["input_ids"], device=device)
             counts = ~torch.isin(ids, torch.tensor(special, device=device, dtype=ids.dtype))
             net(ids[None])
             n += int(counts.sum())
-    return {layer: (s / n).cpu() for layer, s in sums.items()}
+    return {layer: s / n for layer, s in sums.items()}
 
-# %% ../nbs/20_finetune.ipynb #30488edd
+# %% ../nbs/20_finetune.ipynb #02c9f753
 class Snapshots(TrainerCallback):
     "Write what is trained at each validation, whole or not at all."
     def __init__(self, net: nn.Module, folder: Path):
@@ -166,7 +167,7 @@ def mean_weights(
     mean = lambda tensors: (sum(t.double() for t in tensors) / len(files)).to(tensors[0].dtype)
     save_file({n: mean([f.get_tensor(n) for f in files]) for n in files[0].keys()}, target)
 
-# %% ../nbs/20_finetune.ipynb #5d98672b
+# %% ../nbs/20_finetune.ipynb #1d902bbf
 @torch.no_grad()
 def interpolate(
     base: nn.Module,
@@ -177,7 +178,7 @@ def interpolate(
     for a, b in zip(base.parameters(), tuned.parameters(), strict=True):
         b.copy_(torch.lerp(a.float(), b.float(), alpha))
 
-# %% ../nbs/20_finetune.ipynb #2bce4e62
+# %% ../nbs/20_finetune.ipynb #3c7184ae
 def check(params: dict) -> None:
     "Raises ValueError for a model, recipes, masks, packages or a disk with which the study would fail later."
     check_model(params)
@@ -257,7 +258,7 @@ def run(stage, p, where, data: Path, start: Path | None, networks: Path | None) 
     write_jsonl(stage.work / "log.jsonl", log)
     stage.finish(metrics | more, drop="training")
 
-# %% ../nbs/20_finetune.ipynb #fc4a56ed
+# %% ../nbs/20_finetune.ipynb #ceba218e
 def full(net, p, given) -> tuple[list[dict], dict]:
     "All weights, with or without weight decay."
     if p.recipe == "decay": p.weight_decay = p.decay
