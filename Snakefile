@@ -303,10 +303,10 @@ rule networks:
 rule ablations:
     input: done("data"), done("finetune/fft-seed{seed}"), done("networks/fft-seed{seed}"), code_of("ablations")
     output: done("ablations/seed{seed}")
-    params: parameters("42_ablations")
+    params: parameters("48_ablations")
     threads: THREADS
     message: "ablated and isolated networks, seed {wildcards.seed}"
-    shell: run("42_ablations", "ablations-seed{wildcards.seed}", "seed")
+    shell: run("48_ablations", "ablations-seed{wildcards.seed}", "seed")
 
 
 rule contrasts:
