@@ -6,7 +6,7 @@
 __all__ = ['Fit', 'orthogonal', 'fixed_point', 'fast_ica', 'pair', 'correlations', 'match', 'Clusters', 'cosines', 'icasso',
            'bootstrap', 'phase_shuffled', 'threshold']
 
-# %% ../nbs/27_ica.ipynb #1e9caab0
+# %% ../nbs/27_ica.ipynb #bde2505e
 import time
 import warnings
 from dataclasses import dataclass
@@ -17,11 +17,10 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
-from scipy.stats import norm
 from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 
-# %% ../nbs/27_ica.ipynb #f78360d0
+# %% ../nbs/27_ica.ipynb #a1c924fb
 @dataclass(frozen=True)
 class Fit:
     "One run of FastICA."
@@ -72,7 +71,7 @@ def fast_ica(
     converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
     return Fit(found.components_.astype(np.float64), found.n_iter_, converged, time.perf_counter() - began)
 
-# %% ../nbs/27_ica.ipynb #25130f40
+# %% ../nbs/27_ica.ipynb #820e1352
 def pair(
     similarity: np.ndarray,  # (a, b), higher is more alike
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +97,7 @@ def match(
     i, j = pair(similarity)
     return pd.DataFrame({"component": i + 1, "partner": j + 1, "correlation": similarity[i, j]})
 
-# %% ../nbs/27_ica.ipynb #184a60cb
+# %% ../nbs/27_ica.ipynb #480e82b1
 @dataclass(frozen=True)
 class Clusters:
     "What many runs agree on: one row per cluster."
@@ -137,7 +136,7 @@ def icasso(
     rows.sort(key=lambda r: -r[0])
     return Clusters(*(np.array(column) for column in zip(*rows, strict=True)))
 
-# %% ../nbs/27_ica.ipynb #e043d3ad
+# %% ../nbs/27_ica.ipynb #da4e3a31
 def bootstrap(
     documents: np.ndarray,  # (tokens,) document of each token, sorted into runs
     rng: np.random.Generator,
@@ -162,12 +161,10 @@ def phase_shuffled(
         out[rows[0]:rows[-1] + 1] = torch.fft.irfft(spectrum * turn[:, None], n=len(rows), dim=0)
     return out
 
-# %% ../nbs/27_ica.ipynb #edf80f64
+# %% ../nbs/27_ica.ipynb #bce1db2b
 def threshold(
-    null: np.ndarray,  # indices of the surrogate's components
-    k: int,  # how many components are tested
-    level: float = .05,
+    null: np.ndarray,  # indices of the surrogates' components
     least: float = .8,
 ) -> float:
-    "The index that a stable component exceeds: beyond chance (normal, Bonferroni over k), and at least 0.8."
-    return float(max(null.mean() + norm.isf(level / k) * null.std(), null.max(), least))
+    "The index that a stable component exceeds: the highest of chance, and at least 0.8."
+    return float(max(null.max(), least))

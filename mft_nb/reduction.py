@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Activations', 'planted', 'chunks', 'Layer', 'read_layers', 'Reduced', 'joint', 'keep_documents', 'reduce']
 
-# %% ../nbs/26_reduction.ipynb #de9cdbc7
+# %% ../nbs/26_reduction.ipynb #13045e60
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch
 
 from .moments import Moments, correlation, principal, scales, spread
 
-# %% ../nbs/26_reduction.ipynb #6138bee3
+# %% ../nbs/26_reduction.ipynb #a81b6042
 Activations = Callable[[], Iterable[tuple[int, dict[int, torch.Tensor]]]]  # (document, {layer: (tokens, neurons)})
 
 def planted(
@@ -50,7 +50,7 @@ def planted(
             yield d, {n: x[d * document:(d + 1) * document] for n, x in layers.items()}
     return activations, torch.from_numpy(s).float(), torch.from_numpy(np.concatenate(belongs, 1))
 
-# %% ../nbs/26_reduction.ipynb #a3ede743
+# %% ../nbs/26_reduction.ipynb #0f895c42
 def chunks(activations: Activations, size: int = 1024) -> Iterator[tuple[np.ndarray, dict[int, torch.Tensor]]]:
     "Documents joined to at least `size` tokens: the document of each token, and {layer: (tokens, neurons)}."
     waiting, tokens = [], 0
@@ -102,7 +102,7 @@ def read_layers(
             layers[layer] = Layer(m.mean.cpu(), std, *principal(correlation(m), min(k, sizes[layer])))
     return layers, lengths
 
-# %% ../nbs/26_reduction.ipynb #92419cc6
+# %% ../nbs/26_reduction.ipynb #d166b74b
 @dataclass
 class Reduced:
     "Activations reduced to K principal components: all that any ICA below needs."
@@ -117,7 +117,7 @@ class Reduced:
     tokens: int  # all of them
 
 def joint(activations: Activations, layers: dict[int, Layer], K: int) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    "Variances of the K principal components of all layers together, and {layer: (neurons, K)} projections to variance 1."
+    "Variances of the K joint principal components, and {layer: (neurons, K)} projections to variance 1."
     to_scores = {n: scales(layer.std)[:, None] * layer.vectors for n, layer in layers.items()}
     if len(layers) == 1:
         [n], [layer] = layers, layers.values()
