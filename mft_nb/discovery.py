@@ -6,7 +6,7 @@
 __all__ = ['SURROGATES', 'Problem', 'make_problem', 'surrogate', 'Analysis', 'decompose', 'Discovery', 'z_scores', 'members_by_z',
            'members_by_share', 'moment_of', 'describe', 'discover']
 
-# %% ../nbs/28_discovery.ipynb #49ed90c6
+# %% ../nbs/28_discovery.ipynb #38fff258
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from .ica import bootstrap, cosines, fast_ica, icasso, pair, phase_shuffled, thr
 from .reduction import Activations, Reduced, reduce
 from .study import progress, read_json, write_json
 
-# %% ../nbs/28_discovery.ipynb #d91353ad
+# %% ../nbs/28_discovery.ipynb #f3d83f36
 @dataclass
 class Problem:
     "What one family decomposes."
@@ -69,7 +69,7 @@ def make_problem(reduced: Reduced, family: str, k: int) -> Problem:
     alive = reduced.loadings[reduced.std > 0]
     return Problem(family, k, reduced.scores, reduced.variances, alive - alive.mean(0))
 
-# %% ../nbs/28_discovery.ipynb #91f2fd2c
+# %% ../nbs/28_discovery.ipynb #48e12d0d
 SURROGATES = {"temporal": ("gaussian", "phase"), "spatial": ("gaussian",), "pca": ("white",)}
 
 def surrogate(problem: Problem, kind: str, documents: np.ndarray, seed: int) -> Problem:
@@ -84,7 +84,7 @@ def surrogate(problem: Problem, kind: str, documents: np.ndarray, seed: int) -> 
         basis = draw(problem.basis) @ torch.linalg.cholesky(torch.from_numpy(problem.metric)).float().T
     return Problem(problem.family, problem.k, scores, variances, basis)
 
-# %% ../nbs/28_discovery.ipynb #2ecdd014
+# %% ../nbs/28_discovery.ipynb #da10a288
 @dataclass
 class Analysis:
     "How ICA is run, and the record of its runs."
@@ -145,7 +145,7 @@ def decompose(problem: Problem, how: Analysis) -> tuple[np.ndarray, pd.DataFrame
     table["stable"] = (table["iq"] > threshold(null["iq"].to_numpy())) & (table["found"] > .5)
     return vectors, table, null
 
-# %% ../nbs/28_discovery.ipynb #4e283957
+# %% ../nbs/28_discovery.ipynb #c7b119e0
 @dataclass
 class Discovery:
     "Functional networks: maps over all neurons of all layers, and the evidence for each."
@@ -197,12 +197,13 @@ class Discovery:
         "Read what `save` wrote."
         folder = Path(folder)
         about, tensors = read_json(folder / "networks.json"), load_file(folder / "networks.safetensors")
-        table, fits, null = (pd.read_csv(folder / f"{n}.csv") for n in ("components", "fits", "null"))
+        table, fits, null = (pd.read_csv(folder / f"{n}.csv", keep_default_na=False, na_values=[""])
+                             for n in ("components", "fits", "null"))  # "null" is a word here
         maps, unmixing = ({f: tensors[f"{kind}.{f}"] for f in about["families"]} for kind in ("maps", "unmixing"))
         return cls({int(n): size for n, size in about["sizes"].items()}, maps, table, fits, null, tensors["mean"],
                    tensors["std"], tensors["projection"], unmixing, about["tokens"])
 
-# %% ../nbs/28_discovery.ipynb #3472575d
+# %% ../nbs/28_discovery.ipynb #37777073
 def z_scores(
     maps: torch.Tensor,  # (k, neurons) or (neurons,)
 ) -> torch.Tensor:
@@ -231,7 +232,7 @@ def members_by_share(
     chosen[torch.argsort(height, descending=True, stable=True)[:round(share * len(height))]] = True
     return chosen
 
-# %% ../nbs/28_discovery.ipynb #8cdc1797
+# %% ../nbs/28_discovery.ipynb #3fc53610
 def moment_of(x: torch.Tensor, power: int) -> torch.Tensor:
     "Standardised moment of each column: 3 is the skewness, 4 the kurtosis."
     x = x.double() - x.double().mean(0)
@@ -265,7 +266,7 @@ def discover(
     k: int,  # components of each family
     families: tuple[str, ...] = ("temporal", "spatial", "pca"),
     runs: int = 20,  # ICASSO runs over seeds and bootstrapped documents; 0 skips stability
-    null_runs: int | None = None,  # runs on each surrogate; None is half as many: noise takes the most iterations
+    null_runs: int | None = None,  # runs on each surrogate; None is as many: with fewer, indices are higher
     seed: int = 0,
     max_iter: int = 500,  # of each FastICA
     tol: float = 1e-4,
@@ -282,7 +283,7 @@ def discover(
     if not families: raise ValueError(f"families: found none, allowed {list(SURROGATES)}")
     if k < 1 or runs == 1 or null_runs == 1 or min(runs, null_runs or 0) < 0:
         raise ValueError(f"found k {k}, runs {runs}, null_runs {null_runs}; k from 1, runs 0 or at least 2")
-    null_runs = (runs and max(2, runs // 2)) if null_runs is None else null_runs
+    null_runs = runs if null_runs is None else null_runs
     reduced = reduce(activations, 2 * k, layer_components or 2 * k, max_tokens, memory_gb, seed)
     found, kept = len(reduced.variances), len(np.unique(reduced.documents))
     if found < k:
