@@ -296,6 +296,7 @@ rule networks:
     output: done("networks/{which}-seed{seed}")
     params: parameters("32_networks")
     threads: SIDE_BY_SIDE
+    priority: 1  # the long ablations wait for these
     message: "networks of {wildcards.which}, seed {wildcards.seed}"
     shell: run("32_networks", "networks-{wildcards.which}-seed{wildcards.seed}", "which", "seed")
 
@@ -305,6 +306,7 @@ rule ablations:
     output: done("ablations/seed{seed}")
     params: parameters("48_ablations")
     threads: THREADS
+    priority: 2  # the longest work of the graph: started last, it would leave the other cores idle
     message: "ablated and isolated networks, seed {wildcards.seed}"
     shell: run("48_ablations", "ablations-seed{wildcards.seed}", "seed")
 
