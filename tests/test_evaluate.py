@@ -22,7 +22,7 @@ from mft_nb.verdicts import journal_rows
 MBPP = Path(__file__).parents[2] / "shared" / "data" / "mbpp" / "mbpp.jsonl"
 ALL = dict(model="tiny", seed=0, variant="base", programs=True, benchmarks=["humaneval"], style="chat", problems=3,
            samples=1, temperature=0.0, top_p=1.0, ks=[1], max_new_tokens=8, generation_batch_size=2, max_tokens=1024,
-           humaneval_plus="", mbpp_plus="", mbpp="")
+           humaneval_plus="", mbpp_plus="", mbpp="", template="auto")
 
 
 @pytest.fixture

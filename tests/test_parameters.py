@@ -19,10 +19,11 @@ from mft_nb.study import all_parameters, check_study, declared, read_study, stag
 STUDIES = sorted((ROOT / "papermill_params").glob("*.yaml"))
 STAGES = {"10_data": "prepare_data", "11_sentences": "prepare_sentences", "20_finetune": "finetune",
           "22_classifier": "train_classifier", "30_influence": "influence", "31_learn_mask": "learn_mask",
-          "33_classifier_masks": "mask_classifier", "35_sweep": "sweep", "36_truth": "truth",
-          "40_apply_mask": "publish", "41_surface": "surface", "50_evaluate": "evaluate", "52_harness": "harness",
-          "60_compare": "compare", "61_accuracy": "compare_levels", "70_report": "write_report",
-          "72_classifier_report": "write_classifier_report"}
+          "32_networks": "find_networks", "33_classifier_masks": "mask_classifier", "35_sweep": "sweep",
+          "36_truth": "truth", "40_apply_mask": "publish", "41_surface": "surface", "48_ablations": "run_ablations",
+          "50_evaluate": "evaluate", "52_harness": "harness", "60_compare": "compare",
+          "61_accuracy": "compare_levels", "63_contrasts": "contrast_networks", "70_report": "write_report",
+          "72_classifier_report": "write_classifier_report", "74_networks_report": "write_networks_report"}
 LISTS = {"20_finetune": {"recipes"}, "31_learn_mask": {"learners"},  # of the study: the stage gets one at a time
          "11_sentences": {"task"}}  # it says which stages there are
 
@@ -314,7 +315,7 @@ def test_every_study_can_be_read(path, tmp_path):
 def test_numbers_of_studies_arrive_as_numbers(path):
     for key, value in yaml.safe_load(path.read_text()).items():
         text = isinstance(value, str) and set(value) <= set("0123456789.-e")
-        assert key == "band" or not text, f"{key}: {value!r} is a string; write 1.0e-4 for 1e-4"
+        assert key in ("band", "network_layers") or not text, f"{key}: {value!r} is a string; write 1.0e-4 for 1e-4"
 
 
 # --- from the shell --------------------------------------------------------------------------------------------------
