@@ -6,7 +6,7 @@
 __all__ = ['SURROGATES', 'Problem', 'make_problem', 'surrogate', 'Analysis', 'decompose', 'Discovery', 'z_scores', 'members_by_z',
            'members_by_share', 'moment_of', 'describe', 'discover']
 
-# %% ../nbs/28_discovery.ipynb #8f14e9e7
+# %% ../nbs/28_discovery.ipynb #560a27ae
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from .ica import bootstrap, cosines, fast_ica, icasso, pair, phase_shuffled, thr
 from .reduction import Activations, Reduced, reduce
 from .study import progress, read_json, write_json
 
-# %% ../nbs/28_discovery.ipynb #785c02ee
+# %% ../nbs/28_discovery.ipynb #6f3454cd
 @dataclass
 class Problem:
     "What one family decomposes."
@@ -69,7 +69,7 @@ def make_problem(reduced: Reduced, family: str, k: int) -> Problem:
     alive = reduced.loadings[reduced.std > 0]
     return Problem(family, k, reduced.scores, reduced.variances, alive - alive.mean(0))
 
-# %% ../nbs/28_discovery.ipynb #86a2c277
+# %% ../nbs/28_discovery.ipynb #37a0ccdb
 SURROGATES = {"temporal": ("gaussian", "phase"), "spatial": ("gaussian",), "pca": ("white",)}
 
 def surrogate(problem: Problem, kind: str, documents: np.ndarray, seed: int) -> Problem:
@@ -84,7 +84,7 @@ def surrogate(problem: Problem, kind: str, documents: np.ndarray, seed: int) -> 
         basis = draw(problem.basis) @ torch.linalg.cholesky(torch.from_numpy(problem.metric)).float().T
     return Problem(problem.family, problem.k, scores, variances, basis)
 
-# %% ../nbs/28_discovery.ipynb #2b813d3d
+# %% ../nbs/28_discovery.ipynb #f8d66be2
 @dataclass
 class Analysis:
     "How ICA is run, and the record of its runs."
@@ -145,7 +145,7 @@ def decompose(problem: Problem, how: Analysis) -> tuple[np.ndarray, pd.DataFrame
     table["stable"] = (table["iq"] > threshold(null["iq"].to_numpy())) & (table["found"] > .5)
     return vectors, table, null
 
-# %% ../nbs/28_discovery.ipynb #992e91b0
+# %% ../nbs/28_discovery.ipynb #4399d1e5
 @dataclass
 class Discovery:
     "Functional networks: maps over all neurons of all layers, and the evidence for each."
@@ -203,7 +203,7 @@ class Discovery:
         return cls({int(n): size for n, size in about["sizes"].items()}, maps, table, fits, null, tensors["mean"],
                    tensors["std"], tensors["projection"], unmixing, about["tokens"])
 
-# %% ../nbs/28_discovery.ipynb #9f8602e7
+# %% ../nbs/28_discovery.ipynb #b56213ce
 def z_scores(
     maps: torch.Tensor,  # (k, neurons) or (neurons,)
 ) -> torch.Tensor:
@@ -232,7 +232,7 @@ def members_by_share(
     chosen[torch.argsort(height, descending=True, stable=True)[:round(share * len(height))]] = True
     return chosen
 
-# %% ../nbs/28_discovery.ipynb #29042852
+# %% ../nbs/28_discovery.ipynb #80204e25
 def moment_of(x: torch.Tensor, power: int) -> torch.Tensor:
     "Standardised moment of each column: 3 is the skewness, 4 the kurtosis."
     x = x.double() - x.double().mean(0)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Moments', 'merge', 'spread', 'scales', 'correlation', 'principal']
 
-# %% ../nbs/26_moments.ipynb #00754db6
+# %% ../nbs/26_moments.ipynb #0c18846e
 import numpy as np
 import torch
 from scipy.linalg import eigh
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
-# %% ../nbs/26_moments.ipynb #7cb33f2a
+# %% ../nbs/26_moments.ipynb #1ec39c78
 class Moments:
     "Streaming mean and covariance of `neurons` variables; memory is one float64 matrix, whatever the number of tokens."
     def __init__(self, neurons: int, blocks: int = 8, chunk: int = 1024):
@@ -48,18 +48,21 @@ class Moments:
         self._check(1)
         return self.origin.to(self.sum) + self.sum / self.count
 
-    def covariance(self) -> torch.Tensor:
-        "(neurons, neurons) float64, of the population: divided by the number of tokens."
+    def covariance(self, take: bool = False) -> torch.Tensor:
+        """(neurons, neurons) float64, of the population: divided by the number of tokens. With `take` in the memory of
+        the sums, which are gone after it: a second matrix of this size may be one too many."""
         self._check(2)
         mean = self.sum / self.count
-        found = (self.second / self.count).addr_(mean, mean, alpha=-1)
+        found = self.second.div_(self.count) if take else self.second / self.count
+        found.addr_(mean, mean, alpha=-1)
+        if take: del self.second
         for block in self.blocks: found[block.stop:, block] = found[block, block.stop:].T
         return found
 
     def _check(self, least):
         if self.count < least: raise ValueError(f"activations: found {self.count} tokens, at least {least} are needed")
 
-# %% ../nbs/26_moments.ipynb #b97a819f
+# %% ../nbs/26_moments.ipynb #7ec5289e
 def merge(
     a: Moments,
     b: Moments,
@@ -78,7 +81,7 @@ def merge(
     a.count += b.count
     return a
 
-# %% ../nbs/26_moments.ipynb #536317ee
+# %% ../nbs/26_moments.ipynb #1223fdf4
 def spread(
     mean: torch.Tensor,  # (neurons,)
     variance: torch.Tensor,  # (neurons,)
@@ -93,13 +96,14 @@ def scales(
     "What standardises: 1 / std, and 0 for dead neurons."
     return torch.where(std > 0, 1 / std, 0.)
 
-def correlation(moments: Moments) -> torch.Tensor:
-    "(neurons, neurons) float64; rows and columns of dead neurons are 0."
-    found = moments.covariance()
-    scale = scales(spread(moments.mean, found.diagonal()))
-    return found.mul_(scale).mul_(scale[:, None])
+def correlation(moments: Moments, take: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    "(neurons, neurons) float64, 0 for dead neurons, and the standard deviations; `take` as in `covariance`."
+    mean, found = moments.mean, moments.covariance(take)
+    std = spread(mean, found.diagonal())
+    scale = scales(std)
+    return found.mul_(scale).mul_(scale[:, None]), std
 
-# %% ../nbs/26_moments.ipynb #0e95a627
+# %% ../nbs/26_moments.ipynb #81c63750
 def principal(
     matrix: torch.Tensor,  # (n, n), symmetric
     k: int,  # how many

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Activations', 'planted', 'chunks', 'Layer', 'read_layers', 'Reduced', 'joint', 'keep_documents', 'reduce']
 
-# %% ../nbs/26_reduction.ipynb #13045e60
+# %% ../nbs/26_reduction.ipynb #9238ada7
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .moments import Moments, correlation, principal, scales, spread
+from .moments import Moments, correlation, principal, scales
 
-# %% ../nbs/26_reduction.ipynb #a81b6042
+# %% ../nbs/26_reduction.ipynb #adea4260
 Activations = Callable[[], Iterable[tuple[int, dict[int, torch.Tensor]]]]  # (document, {layer: (tokens, neurons)})
 
 def planted(
@@ -50,7 +50,7 @@ def planted(
             yield d, {n: x[d * document:(d + 1) * document] for n, x in layers.items()}
     return activations, torch.from_numpy(s).float(), torch.from_numpy(np.concatenate(belongs, 1))
 
-# %% ../nbs/26_reduction.ipynb #0f895c42
+# %% ../nbs/26_reduction.ipynb #65d4fe13
 def chunks(activations: Activations, size: int = 1024) -> Iterator[tuple[np.ndarray, dict[int, torch.Tensor]]]:
     "Documents joined to at least `size` tokens: the document of each token, and {layer: (tokens, neurons)}."
     waiting, tokens = [], 0
@@ -98,11 +98,11 @@ def read_layers(
             for layer in group: moments[layer].add(x[layer])
         for layer in group:
             m = moments.pop(layer)
-            std = spread(m.mean, m.covariance().diagonal()).cpu()
-            layers[layer] = Layer(m.mean.cpu(), std, *principal(correlation(m), min(k, sizes[layer])))
+            found, std = correlation(m, take=True)
+            layers[layer] = Layer(m.mean.cpu(), std.cpu(), *principal(found, min(k, sizes[layer])))
     return layers, lengths
 
-# %% ../nbs/26_reduction.ipynb #d166b74b
+# %% ../nbs/26_reduction.ipynb #0658b9a4
 @dataclass
 class Reduced:
     "Activations reduced to K principal components: all that any ICA below needs."

@@ -238,8 +238,8 @@ def bench_networks(neurons: int = 4864, tokens: int = 20_000, components: int = 
     """Networks of one layer as wide as Qwen2-0.5B's, each way in a process of its own, so that its memory is seen: our
     discovery reads a stream (made as it goes), scikit-learn's default FastICA the whole matrix."""
     run = lambda *given: [float(x) for x in subprocess.run(
-        [sys.executable, __file__, "networks", *map(str, given)], check=True, capture_output=True, text=True,
-    ).stdout.split()[-2:]]
+        [sys.executable, Path(__file__).with_name("find_networks.py"), *map(str, given)], check=True,
+        capture_output=True, text=True).stdout.split()[-2:]]
     ours, memory = run("ours", neurons, tokens, components)
     twice, more = run("ours", neurons, 2 * tokens, components)
     theirs, _ = run("sklearn", neurons, tokens, components)
@@ -247,35 +247,6 @@ def bench_networks(neurons: int = 4864, tokens: int = 20_000, components: int = 
         f"at least 3; {ours:.0f} s")
     row("networks: GB of memory at the peak, everything included", f"{memory:.2f}", "below 1")
     row("networks: seconds, and peak, of twice the tokens", f"{twice / ours:.2f}, {more / memory:.2f}", "at most 2, 1")
-
-
-def find_networks(how: str, neurons: int, tokens: int, components: int) -> None:
-    "One way of `bench_networks`: prints seconds without those of making the activations, and the peak in GB."
-    from mft_nb.discovery import discover
-    from mft_nb.study import peak_memory_gb
-    mixing = torch.randn(components, neurons, generator=torch.Generator().manual_seed(0))
-    making = 0.
-
-    def activations():
-        nonlocal making
-        for document in range(tokens // 200):
-            began, draw = time.perf_counter(), torch.Generator().manual_seed(document + 1)
-            sources = torch.empty(200, components).exponential_(generator=draw)
-            x = sources @ mixing + torch.randn(200, neurons, generator=draw)
-            making += time.perf_counter() - began
-            yield document, {0: x}
-
-    if how == "ours":
-        started = time.perf_counter()
-        discover(activations, components, ("temporal",), runs=0, max_tokens=20_000)
-        seconds = time.perf_counter() - started - making
-    else:
-        from sklearn.decomposition import FastICA
-        whole = torch.cat([x[0] for _, x in activations()]).numpy()
-        started = time.perf_counter()
-        FastICA(components, random_state=0, max_iter=500).fit(whole)
-        seconds = time.perf_counter() - started
-    print(seconds, peak_memory_gb())
 
 
 def bench_start(where) -> None:
@@ -288,9 +259,6 @@ def bench_start(where) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["networks"]:
-        find_networks(sys.argv[2], *map(int, sys.argv[3:]))
-        sys.exit()
     where = pick_device()
     print(where)
     tokenizer = load_tokenizer(MODEL)

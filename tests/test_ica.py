@@ -57,7 +57,9 @@ def test_dead_neurons_do_not_count():
     x = numbers(5000, 53) * np.r_[1, 1e3, 1e-3, [0] * 50] + np.r_[0, 5, 0, constants]
     for part in torch.from_numpy(x).split(77):
         m.add(part * torch.tensor([1.] * 3 + [1 + 1e-7 * (len(part) % 2)] * 50))
-    found = correlation(m)
+    found, std = correlation(m)
+    again, _ = correlation(m, take=True)
+    assert torch.equal(found, again) and not std[3:].any()
     assert found[3:].abs().max() == 0 and torch.allclose(found.diagonal()[:3], torch.ones(3).double())
 
 
