@@ -6,7 +6,7 @@
 __all__ = ['SURROGATES', 'Problem', 'make_problem', 'surrogate', 'Analysis', 'decompose', 'Discovery', 'z_scores', 'members_by_z',
            'members_by_share', 'moment_of', 'describe', 'discover']
 
-# %% ../nbs/28_discovery.ipynb #560a27ae
+# %% ../nbs/28_discovery.ipynb #2d26f569
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from .ica import bootstrap, cosines, fast_ica, icasso, pair, phase_shuffled, thr
 from .reduction import Activations, Reduced, reduce
 from .study import progress, read_json, write_json
 
-# %% ../nbs/28_discovery.ipynb #6f3454cd
+# %% ../nbs/28_discovery.ipynb #16a587c3
 @dataclass
 class Problem:
     "What one family decomposes."
@@ -69,7 +69,7 @@ def make_problem(reduced: Reduced, family: str, k: int) -> Problem:
     alive = reduced.loadings[reduced.std > 0]
     return Problem(family, k, reduced.scores, reduced.variances, alive - alive.mean(0))
 
-# %% ../nbs/28_discovery.ipynb #37a0ccdb
+# %% ../nbs/28_discovery.ipynb #23a4fc08
 SURROGATES = {"temporal": ("gaussian", "phase"), "spatial": ("gaussian",), "pca": ("white",)}
 
 def surrogate(problem: Problem, kind: str, documents: np.ndarray, seed: int) -> Problem:
@@ -84,7 +84,7 @@ def surrogate(problem: Problem, kind: str, documents: np.ndarray, seed: int) -> 
         basis = draw(problem.basis) @ torch.linalg.cholesky(torch.from_numpy(problem.metric)).float().T
     return Problem(problem.family, problem.k, scores, variances, basis)
 
-# %% ../nbs/28_discovery.ipynb #f8d66be2
+# %% ../nbs/28_discovery.ipynb #bcbbc915
 @dataclass
 class Analysis:
     "How ICA is run, and the record of its runs."
@@ -145,7 +145,7 @@ def decompose(problem: Problem, how: Analysis) -> tuple[np.ndarray, pd.DataFrame
     table["stable"] = (table["iq"] > threshold(null["iq"].to_numpy())) & (table["found"] > .5)
     return vectors, table, null
 
-# %% ../nbs/28_discovery.ipynb #4399d1e5
+# %% ../nbs/28_discovery.ipynb #fba95d49
 @dataclass
 class Discovery:
     "Functional networks: maps over all neurons of all layers, and the evidence for each."
@@ -203,7 +203,7 @@ class Discovery:
         return cls({int(n): size for n, size in about["sizes"].items()}, maps, table, fits, null, tensors["mean"],
                    tensors["std"], tensors["projection"], unmixing, about["tokens"])
 
-# %% ../nbs/28_discovery.ipynb #b56213ce
+# %% ../nbs/28_discovery.ipynb #48cdc220
 def z_scores(
     maps: torch.Tensor,  # (k, neurons) or (neurons,)
 ) -> torch.Tensor:
@@ -232,7 +232,7 @@ def members_by_share(
     chosen[torch.argsort(height, descending=True, stable=True)[:round(share * len(height))]] = True
     return chosen
 
-# %% ../nbs/28_discovery.ipynb #80204e25
+# %% ../nbs/28_discovery.ipynb #93244de5
 def moment_of(x: torch.Tensor, power: int) -> torch.Tensor:
     "Standardised moment of each column: 3 is the skewness, 4 the kurtosis."
     x = x.double() - x.double().mean(0)
@@ -270,7 +270,7 @@ def discover(
     seed: int = 0,
     max_iter: int = 500,  # of each FastICA
     tol: float = 1e-4,
-    layer_components: int | None = None,  # of each layer, on the way to the joint ones; None is 2 k
+    layer_components: int | None = None,  # of each layer, on the way to the joint ones; None is as many as jointly
     max_tokens: int = 50_000,  # scores that are kept: whole documents, drawn by seed
     memory_gb: float = 2.,  # for covariances; less takes more passes
     device: torch.device | str = "cpu",  # where FastICA runs
@@ -284,7 +284,8 @@ def discover(
     if k < 1 or runs == 1 or null_runs == 1 or min(runs, null_runs or 0) < 0:
         raise ValueError(f"found k {k}, runs {runs}, null_runs {null_runs}; k from 1, runs 0 or at least 2")
     null_runs = runs if null_runs is None else null_runs
-    reduced = reduce(activations, 2 * k, layer_components or 2 * k, max_tokens, memory_gb, seed)
+    K = 2 * k if runs else k  # room for what bootstrapped documents turn up
+    reduced = reduce(activations, K, layer_components or K, max_tokens, memory_gb, seed)
     found, kept = len(reduced.variances), len(np.unique(reduced.documents))
     if found < k:
         raise ValueError(f"components: asked for {k}, but {reduced.tokens} tokens of {len(reduced.std)} neurons "
