@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mft_nb.discovery import Discovery, discover, members_by_share, members_by_z, z_scores
 from mft_nb.ica import bootstrap, correlations, fast_ica, fixed_point, icasso, match, phase_shuffled, threshold
-from mft_nb.moments import Moments, correlation, merge, principal
+from mft_nb.moments import Moments, correlation, principal
 from mft_nb.reduction import planted, reduce
 
 
@@ -32,11 +32,8 @@ def f1(found: torch.Tensor, true: torch.Tensor) -> float:
 def test_moments_are_those_of_all_tokens(tokens, neurons, offset, chunk, blocks):
     "However the tokens come in, and although the mean is far from zero."
     x = numbers(tokens, neurons, seed=tokens) + offset
-    cut = tokens // 3
-    m, other = Moments(neurons, blocks, chunk), Moments(neurons, blocks, chunk)
-    m.add(torch.from_numpy(x[:cut]))
-    other.add(torch.from_numpy(x[cut:]))
-    m = merge(m, other)
+    m = Moments(neurons, blocks, chunk)
+    for part in (x[:tokens // 3], x[tokens // 3:]): m.add(torch.from_numpy(part))
     x = x.astype(np.float32).astype(np.float64)
     assert m.count == tokens
     assert np.allclose(m.mean, x.mean(0), atol=1e-6 * (1 + offset))
