@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Device', 'spread', 'fast_dtype', 'available', 'pick_device', 'inference']
 
-# %% ../nbs/01_device.ipynb #1bcc7f20
+# %% ../nbs/01_device.ipynb #a0e314b8
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from torch import nn
 
 from .study import peak_memory_gb, settings
 
-# %% ../nbs/01_device.ipynb #773ddda0
+# %% ../nbs/01_device.ipynb #ef3b1a7f
 @dataclass(frozen=True)
 class Device:
     "A device, the dtype of the weights on it, and the reason for that dtype."
@@ -65,6 +64,11 @@ class Device:
             for v in batch.values(): _over_chips(v)
         return batch
 
+    def whole(self, t: torch.Tensor) -> torch.Tensor:
+        "A tensor that is the same on every chip, as the host wants to read it."
+        if self.chips > 1: _xla().mark(t, _xla().mesh, (None,) * t.ndim)
+        return t
+
     @contextlib.contextmanager
     def step(self):
         "What happens inside is one unit of work: XLA compiles it to one graph and starts it. Elsewhere: nothing."
@@ -100,7 +104,7 @@ class Device:
         if self.world > 1: name = f"{self.world} processes on {name}"
         return f"{name}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
-# %% ../nbs/01_device.ipynb #3470488b
+# %% ../nbs/01_device.ipynb #cc1eccf7
 @cache
 def _xla():
     "torch_xla in SPMD mode with a compilation cache: device, chips, mesh and the few calls that are needed."
@@ -109,7 +113,7 @@ def _xla():
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as spmd
     import torch_xla.runtime as xr
-    if not torch_xla._XLAC._xla_computation_cache_is_initialized():
+    if xr.device_type() != "CPU":  # whose compiled graphs cannot be read back
         (folder := settings().cache / "xla").mkdir(parents=True, exist_ok=True)
         xr.initialize_cache(str(folder))
     xr.use_spmd()
@@ -126,30 +130,29 @@ def _over_chips(t: torch.Tensor) -> None:
     "Lay the first dimension over the chips."
     _xla().mark(t, _xla().mesh, ("fsdp", *[None] * (t.ndim - 1)))
 
-# %% ../nbs/01_device.ipynb #6c5401b6
+# %% ../nbs/01_device.ipynb #6036b2b0
 def spread(
     what: nn.Module | torch.Tensor,  # a model, or scores and sums that belong to its weights
-    blocks: Iterable[nn.Module] = (),  # of the model: where activations are laid over the chips again
 ) -> nn.Module | torch.Tensor:
     "Lay weights over the chips that one process drives; names, modules and hooks stay. Nothing where there is one."
-    first = next(what.parameters(), None) if isinstance(what, nn.Module) else what
-    if first is None or first.device.type != "xla" or _xla().chips == 1: return what
-    from torch_xla.experimental.spmd_fully_sharded_data_parallel import SpmdFullyShardedDataParallel as Fsdp2
     if isinstance(what, torch.Tensor):
-        longest = max(range(what.ndim), key=lambda i: what.shape[i], default=None)
-        places = ["fsdp" if i == longest else None for i in range(what.ndim)]
-        if what.ndim: _xla().mark(what, _xla().mesh, tuple(places))
+        if what.ndim and what.is_xla and _xla().chips > 1:
+            longest = max(range(what.ndim), key=lambda i: what.shape[i])
+            _xla().mark(what, _xla().mesh, tuple("fsdp" if i == longest else None for i in range(what.ndim)))
         return what
-    for block in blocks:
-        Fsdp2(block, mesh=_xla().mesh)
+    if not next(what.parameters(), torch.empty(0)).is_xla or _xla().chips == 1: return what
+    from torch_xla.experimental.spmd_fully_sharded_data_parallel import SpmdFullyShardedDataParallel
+    for block in (b for m in what.modules() if isinstance(m, nn.ModuleList) for b in m):
+        SpmdFullyShardedDataParallel(block, mesh=_xla().mesh)
         block.register_forward_hook(_lay_output)
-    Fsdp2(what, mesh=_xla().mesh)
+    blocks = {p for m in what.modules() if isinstance(m, nn.ModuleList) for p in m.parameters()}
+    for p in set(what.parameters()) - blocks: spread(p)
     return what
 
 def _lay_output(module, args, output):
     _over_chips(output if isinstance(output, torch.Tensor) else output[0])
 
-# %% ../nbs/01_device.ipynb #1ac4c956
+# %% ../nbs/01_device.ipynb #e1edd3b5
 def fast_dtype(kind: str) -> tuple[torch.dtype, str]:
     "The faster of float32 and bfloat16 on a kind of device, and why."
     if kind == "cpu":
@@ -167,7 +170,7 @@ def _xla_dtype() -> tuple[torch.dtype, str]:
     if _xla().hardware == "TPU": return torch.bfloat16, "the TPU's matrix units take bfloat16"
     return torch.float32, f"XLA runs on {_xla().hardware}"
 
-# %% ../nbs/01_device.ipynb #41c4c9c5
+# %% ../nbs/01_device.ipynb #4202d2f8
 def available() -> list[str]:
     "Kinds of device on this machine, the fastest first."
     found = []
@@ -190,13 +193,14 @@ def pick_device(
     if dtype != "auto": chosen, why = getattr(torch, dtype), "asked for in the settings"
     return Device(kind, chosen, why)
 
-# %% ../nbs/01_device.ipynb #ec37b084
+# %% ../nbs/01_device.ipynb #a694e961
 @contextlib.contextmanager
 def inference(model):
     "Evaluate without gradients and dropout, then restore the model's mode."
     mode = model.training
     model.eval()
     try:
-        with torch.inference_mode(): yield model
+        # XLA's tensors count versions, which those of inference mode have not
+        with torch.no_grad() if next(model.parameters(), torch.empty(0)).is_xla else torch.inference_mode(): yield model
     finally:
         model.train(mode)

@@ -6,7 +6,7 @@
 __all__ = ['collate', 'by_length', 'batches', 'head_is_plain', 'answer_logits', 'label_losses', 'label_counts', 'class_logits',
            'example_losses', 'over_batches', 'evaluate_losses', 'evaluate_classes']
 
-# %% ../nbs/09_loss.ipynb #f709f100
+# %% ../nbs/09_loss.ipynb #9a9812c1
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -17,7 +17,7 @@ from torch import nn
 from .chat import IGNORED
 from .device import Device, inference
 
-# %% ../nbs/09_loss.ipynb #686e365e
+# %% ../nbs/09_loss.ipynb #2e5f9826
 def collate(
     examples: list[dict],  # each with lists `input_ids` and `labels`, or with an integer `label`
     pad_id: int,  # token that fills up
@@ -54,7 +54,7 @@ def batches(
         some, rows = [examples[i] for i in chosen], device.rows(batch_size)
         with device.step(): yield chosen, device.put(collate(some, pad_id, rows=rows))
 
-# %% ../nbs/09_loss.ipynb #19a980ea
+# %% ../nbs/09_loss.ipynb #44b9c82b
 def head_is_plain(model: nn.Module) -> bool:
     "True when `head(trunk(x))` equals the model's own logits, so that the head may run on chosen tokens only."
     head = model.get_output_embeddings()
@@ -107,7 +107,7 @@ def class_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     "What a classifier gives each label of each sentence: float32 (sentences, labels)."
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
 
-# %% ../nbs/09_loss.ipynb #b8045101
+# %% ../nbs/09_loss.ipynb #5d5d9166
 def example_losses(
     model: nn.Module,
     batch: dict[str, torch.Tensor],  # from `collate`, on the model's device
@@ -132,7 +132,8 @@ def over_batches(
     found, every = [None] * len(examples), []
     with inference(model):
         for number, (chosen, batch) in enumerate(batches(examples, batch_size, pad_id, device)):
-            with at(number): every.append((chosen, of(batch)))
+            with at(number): values = of(batch)
+            every.append((chosen, device.whole(values) if isinstance(values, torch.Tensor) else values))
             update(len(chosen))
     for chosen, values in every:  # tensors are fetched at the end: no step waits for another
         values = values.tolist() if isinstance(values, torch.Tensor) else values
@@ -152,7 +153,7 @@ def evaluate_losses(
     of = lambda batch: example_losses(model, batch, plain)
     return over_batches(model, examples, pad_id, device, batch_size, of, update=update)
 
-# %% ../nbs/09_loss.ipynb #f2c0f141
+# %% ../nbs/09_loss.ipynb #710b1fd1
 def evaluate_classes(
     model: nn.Module,  # a classifier
     examples: list[dict],  # encoded sentences, each with `label`

@@ -8,7 +8,7 @@ __all__ = ['CHATML', 'EMBEDDED', 'Template', 'ALPACA', 'PLAIN', 'TEMPLATES', 'Ba
            'load_config', 'load_tokenizer', 'load_model', 'load_four_bit', 'quiet', 'is_encoder', 'weights_of',
            'layers_of', 'band_syntax', 'resolve_band', 'maskable', 'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #d729adc0
+# %% ../nbs/02_model.ipynb #d9608ffe
 import contextlib
 import os
 import re
@@ -28,11 +28,11 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
                           AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, LlamaConfig,
                           PreTrainedTokenizerFast)
 
-from .device import Device
+from .device import Device, spread
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #2916ae58
+# %% ../nbs/02_model.ipynb #dfb54c05
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -58,7 +58,7 @@ def tiny_encoder() -> BertConfig:
     return BertConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
                       num_attention_heads=4, max_position_embeddings=512, pad_token_id=0)
 
-# %% ../nbs/02_model.ipynb #7300b79f
+# %% ../nbs/02_model.ipynb #c11ba625
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008, encoder=False,
                                           origin="weights dequantised from 4-bit GGUF (Q4_1)"),
             "minilm-l6": dict(layers=6, weights=22_713_216, encoder=True,
@@ -96,7 +96,7 @@ def minilm(name: str):
     model.load_state_dict({k: w for k, w in load_file(part(name)).items() if k != "embeddings.position_ids"})
     return model, BertTokenizerFast(str(part(f"{name}-vocabulary")), model_max_length=512)
 
-# %% ../nbs/02_model.ipynb #8b6ae33d
+# %% ../nbs/02_model.ipynb #350db141
 Template = Literal["auto", "chat", "alpaca", "chatml", "plain"]
 ALPACA = ("{% if messages[0]['role'] != 'system' %}{{ 'Below is an instruction that describes a task. Write a response "
           "that appropriately completes the request.' }}{% endif %}{% for m in messages %}"
@@ -144,7 +144,7 @@ def set_template(
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         print(f"{name}: its template ends turns with {tokenizer.eos_token!r}: that is the end token now")
 
-# %% ../nbs/02_model.ipynb #3893f066
+# %% ../nbs/02_model.ipynb #7947a28e
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -189,7 +189,7 @@ def load_model(
             model = family.from_config(config, dtype=torch.float32).to(dtype)
     else:
         with quiet(): model = family.from_pretrained(source_of(name), dtype=dtype, **given)
-    return model.to(device.device).eval()
+    return spread(model.to(device.device)).eval()
 
 def load_four_bit(
     name: str,  # as for `load_model`
@@ -233,7 +233,7 @@ def weights_of(
         found = {n: parameters[n].detach() for n in names}
     return {n: found[n] for n in names}
 
-# %% ../nbs/02_model.ipynb #592afda4
+# %% ../nbs/02_model.ipynb #4e61a064
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -243,7 +243,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #8cb2b11e
+# %% ../nbs/02_model.ipynb #4fc63417
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -270,7 +270,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #fcc4f5ab
+# %% ../nbs/02_model.ipynb #1f4b619f
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -283,7 +283,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #fb7064b7
+# %% ../nbs/02_model.ipynb #75265cf7
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."
