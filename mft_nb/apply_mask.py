@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'VariantName', 'EFFECT', 'variant_syntax', 'variants_of', 'Variant', 'mask_files', 'variant_of',
-           'changed_weights', 'load_variant', 'write_masked', 'neuron_columns', 'model_card', 'check', 'publish']
+           'files_of', 'changed_weights', 'load_variant', 'first_byte', 'write_masked', 'neuron_columns', 'model_card',
+           'check', 'publish']
 
-# %% ../nbs/40_apply_mask.ipynb #50100143
+# %% ../nbs/40_apply_mask.ipynb #4224acc9
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Annotated
 import torch
 from pydantic import AfterValidator
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from .device import Device
@@ -26,7 +28,7 @@ from .model import load_config, load_model, weights_of
 from .neurons import NEURONS, install_saved, load_beside, to_mask
 from .study import Seed, StudyName, checked, open_stage, read_json, settings, sha256
 
-# %% ../nbs/40_apply_mask.ipynb #52a19384
+# %% ../nbs/40_apply_mask.ipynb #531f1be7
 SUFFIXES = (*MODES, "best")
 
 def variant_syntax(name: str) -> str:
@@ -42,7 +44,7 @@ def variants_of(recipes: list[str], methods: list[str], learners: list[str]) -> 
     "The names of all variants of a study, in the order of tables: base, fft, recipes, methods, learners."
     return list(dict.fromkeys(["base", "fft", *recipes, *methods, *learners]))
 
-# %% ../nbs/40_apply_mask.ipynb #a4ba1fb6
+# %% ../nbs/40_apply_mask.ipynb #dc3a39f9
 @dataclass(frozen=True)
 class Variant:
     "What is evaluated under one name."
@@ -90,31 +92,40 @@ def variant_of(study: str, variant: str, seed: int) -> Variant:
     checkpoint = checkpoint_of(study, "fft", seed)
     return Variant(checkpoint, mask, mode, update if update.exists() else None, (checkpoint.parent,))
 
-# %% ../nbs/40_apply_mask.ipynb #5fadc4e5
+# %% ../nbs/40_apply_mask.ipynb #bcfc005b
+def files_of(
+    checkpoint: Path,
+    mask: Mask,
+    update: dict[str, torch.Tensor],  # may be empty
+) -> dict[str, Path]:
+    "The file of every masked matrix. Raises ValueError when one is not in the checkpoint or does not fit."
+    if other := update.keys() - mask.masked.keys():
+        raise ValueError(f"the update has weights that the mask has not: {sorted(other)[:3]}")
+    found = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as f:
+            for name in sorted(mask.masked.keys() & set(f.keys())):
+                found[name], shape = path, f.get_slice(name).get_shape()
+                for what, t in (("mask", mask.masked[name]), ("update", update.get(name))):
+                    if t is not None and list(t.shape) != shape:
+                        raise ValueError(f"{name}: the {what} has shape {tuple(t.shape)}, the weight {tuple(shape)}")
+    if missing := mask.masked.keys() - found.keys():
+        raise ValueError(f"{checkpoint}: has no weights {sorted(missing)[:3]}; is this the mask's checkpoint?")
+    return found
+
 def changed_weights(
     checkpoint: Path,
     mask: Mask,
     mode: str,  # a key of MODES
     base: str = "",  # name of the base model, for the modes that need it
     update: dict[str, torch.Tensor] | None = None,
-) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
-    "File by file, the new masked matrices. Raises ValueError when one is not in the checkpoint or does not fit."
-    missing, pretrained, update = set(mask.masked), None, update or {}
-    if other := update.keys() - mask.masked.keys():
-        raise ValueError(f"the update has weights that the mask has not: {sorted(other)[:3]}")
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        new = {}
-        with safe_open(path, "pt") as f:
-            for name in sorted(missing.intersection(f.keys())):
-                w, m = f.get_tensor(name), mask.masked[name]
-                for what, t in (("mask", m), ("update", update.get(name, w))):
-                    if t.shape != w.shape:
-                        raise ValueError(f"{name}: the {what} has shape {tuple(t.shape)}, the weight {tuple(w.shape)}")
-                if mode in NEEDS_BASE and pretrained is None: pretrained = weights_of(base, list(mask.masked), w.dtype)
-                new[name] = masked_weights(update.get(name, w).to(w.dtype), m, mode, (pretrained or {}).get(name))
-        missing -= new.keys()
-        yield path, new
-    if missing: raise ValueError(f"{checkpoint}: has no weights {sorted(missing)[:3]}; is this the mask's checkpoint?")
+) -> Iterator[tuple[str, torch.Tensor]]:
+    "The new masked matrices, one at a time. Raises ValueError, before the first, when one is missing or does not fit."
+    pretrained, update = {}, update or {}
+    for name, path in files_of(checkpoint, mask, update).items():
+        with safe_open(path, "pt") as f: w = f.get_tensor(name)
+        if mode in NEEDS_BASE and not pretrained: pretrained = weights_of(base, list(mask.masked), w.dtype)
+        yield name, masked_weights(update.get(name, w).to(w.dtype), mask.masked[name], mode, pretrained.get(name))
 
 def load_variant(
     variant: Variant,
@@ -128,9 +139,16 @@ def load_variant(
     if not variant.mask: return net
     parameters, update = dict(net.named_parameters()), variant.update and load_file(variant.update)
     with torch.no_grad():
-        for _, new in changed_weights(variant.checkpoint, load_mask(variant.mask), variant.mode, model, update):
-            for name, w in new.items(): parameters[name].copy_(w)
+        for name, w in changed_weights(variant.checkpoint, load_mask(variant.mask), variant.mode, model, update):
+            parameters[name].copy_(w)
     return net
+
+# %% ../nbs/40_apply_mask.ipynb #b461f0e8
+def first_byte(path: Path, name: str) -> int:
+    "Where the numbers of a tensor begin in a safetensors file."
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        return 8 + length + json.loads(f.read(length))[name]["data_offsets"][0]
 
 def write_masked(
     checkpoint: Path,
@@ -140,16 +158,18 @@ def write_masked(
     base: str = "",
     update: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    "Copy a checkpoint with its mask applied, file by file. Raises ValueError when a masked matrix is not in it."
+    "Copy a checkpoint with its mask applied. Raises ValueError, and writes nothing, when a masked matrix is not in it."
+    files = files_of(checkpoint, mask, update or {})
     target.mkdir(parents=True, exist_ok=True)
     for path in checkpoint.iterdir():
-        if path.is_file() and path.suffix != ".safetensors": shutil.copy2(path, target)
-    for path, new in changed_weights(checkpoint, mask, mode_of(mask, mode), base, update):
-        with safe_open(path, "pt") as f:
-            save_file({n: new[n] if n in new else f.get_tensor(n) for n in f.keys()}, target / path.name,
-                      metadata=f.metadata())
+        if path.is_file(): shutil.copyfile(path, target / path.name)
+    for name, w in changed_weights(checkpoint, mask, mode_of(mask, mode), base, update):
+        path = target / files[name].name
+        with open(path, "r+b") as f:
+            f.seek(first_byte(path, name))
+            f.write(w.contiguous().view(torch.uint8).numpy())
 
-# %% ../nbs/40_apply_mask.ipynb #f97bf92b
+# %% ../nbs/40_apply_mask.ipynb #abe0e83e
 def neuron_columns(checkpoint: Path) -> Mask | None:
     "The mask over weights that zeroes the neurons a checkpoint names; None if it names none. ValueError for means."
     if not (checkpoint / NEURONS).exists(): return None
@@ -161,7 +181,7 @@ def neuron_columns(checkpoint: Path) -> Mask | None:
     mask.provenance |= dict(neurons=mask.count(), of=mask.numel(), layers=f"{len(mask.neurons)} of {len(mask.sizes)}")
     return to_mask(mask, shape)
 
-# %% ../nbs/40_apply_mask.ipynb #35f3448b
+# %% ../nbs/40_apply_mask.ipynb #a99f1c90
 EFFECT = dict(zero="are set to zero", reset="are set back to their pretrained values",
               rescale="are set to zero, and the others in their matrices scaled up to make up for it",
               dare="lose what fine-tuning changed, and the change of the others in their matrices is scaled up")

@@ -114,9 +114,7 @@ def band_of(variant: Variant, names: list[str], model: str) -> Weights:
     mask = load_mask(variant.mask)
     update = {n: w for n, w in (load_file(variant.update) if variant.update else {}).items() if n in found}
     here = Mask({n: m for n, m in mask.masked.items() if n in found}, mask.provenance)
-    for _, new in changed_weights(variant.checkpoint, here, variant.mode, model, update):
-        found |= {n: w.float() for n, w in new.items()}
-    return found
+    return found | {n: w.float() for n, w in changed_weights(variant.checkpoint, here, variant.mode, model, update)}
 
 def only_band(variant: Variant, checkpoint: Path, names) -> bool:
     "Whether a variant differs from the fine-tuned checkpoint in the band's matrices only."
