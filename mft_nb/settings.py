@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['project_root', 'Settings', 'explain', 'read_settings', 'settings', 'check_folders', 'git_revision']
 
-# %% ../nbs/00_settings.ipynb #8364a2b2
+# %% ../nbs/00_settings.ipynb #b604a632
 import configparser
 import os
 import subprocess
@@ -16,7 +16,7 @@ from typing import Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-# %% ../nbs/00_settings.ipynb #db4900bf
+# %% ../nbs/00_settings.ipynb #4e1d2d98
 def project_root() -> Path:
     "The folder that holds `settings.ini`: the working directory or a parent of it, else the checkout of this module."
     cwd = Path.cwd()
@@ -33,8 +33,9 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     tracker: Literal["none", "trackio", "wandb"] = "none"
     sandbox: Literal["isolated", "limits"] = "isolated"
+    launch: str = "auto"
 
-# %% ../nbs/00_settings.ipynb #ee1335e4
+# %% ../nbs/00_settings.ipynb #d4e60cdf
 def explain(
     error: pydantic.ValidationError,
     where: str,  # the file that holds the keys
@@ -75,7 +76,7 @@ def settings() -> Settings:
     return s.model_copy(update={k: (root / Path(os.path.expandvars(getattr(s, k))).expanduser()).resolve()
                                 for k in ("runs", "figures", "cache")})
 
-# %% ../nbs/00_settings.ipynb #80ff1a52
+# %% ../nbs/00_settings.ipynb #05602b37
 def check_folders() -> None:
     "Runs, figures and cache can be written. Raises ValueError naming the folder and the setting."
     for key in ("runs", "figures", "cache"):
@@ -87,7 +88,7 @@ def check_folders() -> None:
             raise ValueError(f"settings.ini: {key}: found {folder}, which cannot be written ({e.strerror}); "
                              f"set {key} in settings.ini or MFT_NB_{key.upper()} to a writable folder") from None
 
-# %% ../nbs/00_settings.ipynb #eeb9ad85
+# %% ../nbs/00_settings.ipynb #6537b95f
 def git_revision() -> str:
     "The commit of the project, with `+changes` when the tree differs from it; `unknown` outside a checkout."
     run = lambda *a: subprocess.run(["git", "-C", str(project_root()), *a], capture_output=True, text=True)
