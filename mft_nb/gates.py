@@ -6,7 +6,7 @@
 __all__ = ['LEARNERS', 'LearnerName', 'Learners', 'SPREAD', 'LEFT', 'RIGHT', 'HEAT', 'StraightThrough', 'Gate', 'Learner',
            'initial_scores', 'half_normal', 'Masking', 'zeroed_by', 'hard_concrete', 'MatrixAdam']
 
-# %% ../nbs/29_gates.ipynb #99cf17f3
+# %% ../nbs/29_gates.ipynb #70ae102b
 import hashlib
 import math
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from pydantic import AfterValidator
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .device import spread
 from .mask import budget, top_k
 from .study import no_repeats
 
-# %% ../nbs/29_gates.ipynb #f82021ba
+# %% ../nbs/29_gates.ipynb #ea75406b
 class StraightThrough(torch.autograd.Function):
     "The masked weight forward; backward the gradient of the scores, and of the weight where it is trained too."
     @staticmethod
@@ -61,7 +62,7 @@ class Gate(nn.Module):
         "Gradient of the scores from W * dL/d(WM), which it may overwrite."
         return self.masking.of.slope(self, scores, gradient)
 
-# %% ../nbs/29_gates.ipynb #50b341e8
+# %% ../nbs/29_gates.ipynb #e9c1bbfe
 @dataclass(frozen=True)
 class Learner:
     "How a mask is learned. Adding one is adding an entry."
@@ -100,7 +101,7 @@ LEARNERS = {
 LearnerName = Literal[tuple(LEARNERS)]
 Learners = Annotated[list[LearnerName], AfterValidator(no_repeats)]
 
-# %% ../nbs/29_gates.ipynb #279b3dda
+# %% ../nbs/29_gates.ipynb #4bbe2839
 SPREAD = .02  # of the published start
 
 def initial_scores(
@@ -128,7 +129,7 @@ def half_normal(harm: torch.Tensor) -> torch.Tensor:
     values = SPREAD * math.sqrt(2) * torch.erfinv((torch.arange(n, dtype=torch.float64) + .5) / n)
     return torch.empty(n).index_copy_(0, order, values.float()).view(harm.shape)
 
-# %% ../nbs/29_gates.ipynb #392c9aab
+# %% ../nbs/29_gates.ipynb #8d01ec9f
 LEFT, RIGHT, HEAT = -.1, 1.1, 2 / 3  # stretch and temperature of hard concrete gates
 
 class Masking:
@@ -149,7 +150,7 @@ class Masking:
         self.penalty = l1 / accumulate if learner.l1 else 0.
         self.open_penalty = learner.hard_concrete / accumulate / sum(s.numel() for s in scores.values())
         self.modules = {n: net.get_submodule(n.removesuffix(".weight")) for n in scores}
-        self.gates = {n: Gate(n, s.to(m.weight.device), self) for (n, s), m in
+        self.gates = {n: Gate(n, spread(s.to(m.weight.device)), self) for (n, s), m in
                       zip(scores.items(), self.modules.values(), strict=True)}
         for name, module in self.modules.items():
             module.weight.requires_grad_(learner.weights)
@@ -201,10 +202,11 @@ class Masking:
     def noise(self, gate: Gate) -> torch.Tensor:
         "Uniform noise that follows from seed, step and matrix alone: a resumed run has the noise it would have had."
         digest = hashlib.sha256(f"{self.seed}/{self.step}/{gate.name}".encode()).digest()
-        generator = torch.Generator(gate.scores.device).manual_seed(int.from_bytes(digest[:7]))
-        return torch.rand(gate.scores.shape, generator=generator, device=gate.scores.device)
+        device = "cpu" if gate.scores.is_xla else gate.scores.device  # XLA has no generators
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+        return torch.rand(gate.scores.shape, generator=generator, device=device).to(gate.scores.device)
 
-# %% ../nbs/29_gates.ipynb #3beb0ec3
+# %% ../nbs/29_gates.ipynb #d4cd21e6
 def zeroed_by(
     learner: Learner,
     scores: dict[str, torch.Tensor],  # of all matrices between which the learner chooses
@@ -227,7 +229,7 @@ def hard_concrete(scores: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, 
     inside = (stretched > 0) & (stretched < 1)
     return stretched.clamp(0, 1), inside * x * (1 - x) * (RIGHT - LEFT) / HEAT
 
-# %% ../nbs/29_gates.ipynb #d3e54744
+# %% ../nbs/29_gates.ipynb #81914e1f
 class MatrixAdam(torch.optim.Optimizer):
     "Adam with one second moment per matrix."
     def __init__(self, params, lr: float, betas: tuple[float, float] = (.9, .999), eps: float = 1e-12):

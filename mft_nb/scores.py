@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SUFFIXES', 'MethodName', 'Methods', 'Evidence', 'Method',
            'known_method', 'stems', 'collect', 'needs_backward', 'empty_sums', 'means_of', 'save_sums', 'watched',
            'whole_gradient', 'evidence_of', 'scores_of', 'mask_of']
 
-# %% ../nbs/25_scores.ipynb #92c8ab11
+# %% ../nbs/25_scores.ipynb #a6a20854
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .device import Device
-from .loss import by_length, collate, example_losses, head_is_plain
+from .device import Device, spread
+from .loss import batches, example_losses, head_is_plain
 from .mask import Mask, budget, stored_transposed, top_k
 from .model import layers_of
 from .study import no_repeats
 
-# %% ../nbs/25_scores.ipynb #4cf7b579
+# %% ../nbs/25_scores.ipynb #83527e91
 @dataclass
 class Evidence:
     "What is known about one weight matrix; `None` is what no chosen method needs."
@@ -52,7 +52,7 @@ class Method:
     mode: str = "zero"  # how the mask is applied, from mft_nb.mask.MODES
     solve: Callable[[Evidence, int], tuple[torch.Tensor, torch.Tensor]] | None = None  # mask and new weights at once
 
-# %% ../nbs/25_scores.ipynb #d6339c8f
+# %% ../nbs/25_scores.ipynb #4352aab0
 def damped(gram: torch.Tensor, share: float = .01) -> torch.Tensor:
     "The Gram matrix in float64 with 1% of its mean diagonal added, so that it can be inverted (as SparseGPT does)."
     found = gram.double()
@@ -79,7 +79,7 @@ def sparsegpt(e: Evidence, k: int, block: int = 128) -> tuple[torch.Tensor, torc
         w[:, start:end][masked[:, start:end]] = 0
     return masked, w.to(e.w.dtype)
 
-# %% ../nbs/25_scores.ipynb #4d8bd123
+# %% ../nbs/25_scores.ipynb #46e7d64a
 METHODS = {
     # signed: harmful weights first
     "sci": Method("sign(w) g", "Sign-Corrected Influence", lambda e: e.w.sign() * e.g, ("gradient",), signed=True),
@@ -123,7 +123,7 @@ def stems(methods: list[str]) -> list[str]:
     "The methods behind a list with suffixes, each once."
     return list(dict.fromkeys(m.partition(".")[0] for m in methods))
 
-# %% ../nbs/25_scores.ipynb #a8805364
+# %% ../nbs/25_scores.ipynb #d8864896
 def collect(
     model: nn.Module,
     weights: dict[str, nn.Parameter],  # from `maskable`
@@ -143,11 +143,10 @@ def collect(
     sums = empty_sums(weights, needs, model)
     if partial and partial.exists():
         with safe_open(partial, "pt") as f: done = int(f.metadata()["batches"])
-        sums = {n: t.to(device.device) for n, t in load_file(partial).items()}
+        sums = {n: spread(t.to(device.device)) for n, t in load_file(partial).items()}
     with watched(model, weights, sums, needs) as watch:
-        for b, chosen in enumerate(by_length(examples, batch_size)):
+        for b, (chosen, batch) in enumerate(batches(examples, batch_size, pad_id, device)):
             if b >= done:
-                batch = {k: v.to(device.device) for k, v in collate([examples[i] for i in chosen], pad_id).items()}
                 watch(("even", "odd")[b % 2], batch["attention_mask"])
                 if needs_backward(needs): example_losses(model, batch, plain).sum().backward()
                 else:
@@ -171,14 +170,16 @@ def empty_sums(weights, needs, model) -> dict[str, torch.Tensor]:
         shapes = dict(gradient=w.shape, squares=w.shape, inputs=(inputs,), gram=(inputs, inputs))
         for need in needs:
             for key in ("even", "odd") if need == "gradient" else (need,):
-                if need in shapes: sums[f"{key}/{name}"] = torch.zeros(shapes[need], device=w.device)
+                if need in shapes: sums[f"{key}/{name}"] = spread(torch.zeros(shapes[need], device=w.device))
     return sums
 
 def means_of(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "Sums over examples or tokens to means."
+    "Sums over examples or tokens to means, in place: there is no room for both."
     n = {"even": sums["n/even"], "odd": sums["n/odd"], "squares": sums["n/even"] + sums["n/odd"],
          "inputs": sums["n/tokens"], "gram": sums["n/tokens"]}
-    return {k: t if k.startswith("n/") else t / n[k.split("/")[0]].clamp(min=1) for k, t in sums.items()}
+    for k, t in sums.items():
+        if not k.startswith("n/"): t /= n[k.split("/")[0]].clamp(min=1)
+    return sums
 
 def save_sums(sums: dict[str, torch.Tensor], path: Path, batches: int) -> None:
     "Write the running sums so that a reader sees all or nothing."
@@ -186,7 +187,7 @@ def save_sums(sums: dict[str, torch.Tensor], path: Path, batches: int) -> None:
     save_file({n: t.cpu() for n, t in sums.items()}, part, metadata=dict(batches=str(batches)))
     os.replace(part, path)
 
-# %% ../nbs/25_scores.ipynb #9dc4273e
+# %% ../nbs/25_scores.ipynb #41fd1cf2
 class watched:
     """Hooks that add what the layers of `weights` see to `sums`: a context manager that yields `watch(half, mask)`, to
     be called before each batch. Layers that share an input share the work of its Gram matrix."""
@@ -222,7 +223,7 @@ class watched:
 
     def see_input(self, name, x):
         if self.last[0] is not x:  # query, key and value look at the same tensor
-            rows = x.detach()[self.real].float()
+            rows = torch.where(self.real[..., None], x.detach(), 0).flatten(0, 1).float()
             self.last = x, rows.square().sum(0), rows.T @ rows if "gram" in self.needs else None
         _, square, gram = self.last
         if "inputs" in self.needs: self.sums[f"inputs/{name}"] += square
@@ -239,7 +240,7 @@ class watched:
             self.sums[f"squares/{name}"].addcmul_(g, g)
             if half is not None: half += g
 
-# %% ../nbs/25_scores.ipynb #6fb44daa
+# %% ../nbs/25_scores.ipynb #5aae0f78
 def whole_gradient(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The gradient over all examples from `collect`."
     a, b = found["n/even"], found["n/odd"]
