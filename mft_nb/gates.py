@@ -6,7 +6,7 @@
 __all__ = ['LEARNERS', 'LearnerName', 'Learners', 'SPREAD', 'LEFT', 'RIGHT', 'HEAT', 'StraightThrough', 'Gate', 'Learner',
            'initial_scores', 'half_normal', 'Masking', 'zeroed_by', 'hard_concrete', 'MatrixAdam']
 
-# %% ../nbs/29_gates.ipynb #70ae102b
+# %% ../nbs/29_gates.ipynb #d612b6b2
 import hashlib
 import math
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .device import spread
-from .mask import budget, top_k
+from .mask import budget, top_k, top_k_each
+from .shards import whole
 from .study import no_repeats
 
-# %% ../nbs/29_gates.ipynb #ea75406b
+# %% ../nbs/29_gates.ipynb #f6ddcedb
 class StraightThrough(torch.autograd.Function):
     "The masked weight forward; backward the gradient of the scores, and of the weight where it is trained too."
     @staticmethod
@@ -51,7 +52,7 @@ class Gate(nn.Module):
 
     def masked_weight(self, weight):
         "The weight with its switches off and on, from the last time when nothing has changed since."
-        version = (*self.masking.of.version(self), weight._version)
+        version = self.masking.of.version(self)
         if self.kept[0] != version:
             self.kept = None, None, None  # frees the old one before the new one is made
             with torch.inference_mode(False), torch.no_grad():
@@ -62,7 +63,7 @@ class Gate(nn.Module):
         "Gradient of the scores from W * dL/d(WM), which it may overwrite."
         return self.masking.of.slope(self, scores, gradient)
 
-# %% ../nbs/29_gates.ipynb #e9c1bbfe
+# %% ../nbs/29_gates.ipynb #6efee555
 @dataclass(frozen=True)
 class Learner:
     "How a mask is learned. Adding one is adding an entry."
@@ -101,7 +102,7 @@ LEARNERS = {
 LearnerName = Literal[tuple(LEARNERS)]
 Learners = Annotated[list[LearnerName], AfterValidator(no_repeats)]
 
-# %% ../nbs/29_gates.ipynb #4bbe2839
+# %% ../nbs/29_gates.ipynb #564d09d1
 SPREAD = .02  # of the published start
 
 def initial_scores(
@@ -129,7 +130,7 @@ def half_normal(harm: torch.Tensor) -> torch.Tensor:
     values = SPREAD * math.sqrt(2) * torch.erfinv((torch.arange(n, dtype=torch.float64) + .5) / n)
     return torch.empty(n).index_copy_(0, order, values.float()).view(harm.shape)
 
-# %% ../nbs/29_gates.ipynb #8d01ec9f
+# %% ../nbs/29_gates.ipynb #49d7681a
 LEFT, RIGHT, HEAT = -.1, 1.1, 2 / 3  # stretch and temperature of hard concrete gates
 
 class Masking:
@@ -155,6 +156,18 @@ class Masking:
         for name, module in self.modules.items():
             module.weight.requires_grad_(learner.weights)
             parametrize.register_parametrization(module, "weight", self.gates[name])
+            if module.parametrizations.weight.original.is_xla:  # torch's `set_` made it unfit for changes in place
+                module.parametrizations.weight.original = nn.Parameter(
+                    module.parametrizations.weight.original.detach().clone(), learner.weights)
+        self.settle()
+
+    def settle(self) -> None:
+        "Take note of what is held: in a forward pass a gate sees only copies of weights and scores that are shared out."
+        self.held = self.scores, self.weights
+
+    def gather(self) -> None:
+        "Hold all scores and weights whole."
+        with torch.no_grad(): self.held = whole(self.held)
 
     @property
     def scores(self) -> dict[str, nn.Parameter]: return {n: g.scores for n, g in self.gates.items()}
@@ -166,7 +179,7 @@ class Masking:
 
     def zeroed(self) -> dict[str, torch.Tensor]:
         "Which weights the scores switch off now."
-        return zeroed_by(self.learner, {n: s.detach() for n, s in self.scores.items()}, self.keep, self.cut)
+        return zeroed_by(self.learner, {n: whole(s.detach()) for n, s in self.held[0].items()}, self.keep, self.cut)
 
     def remove(self) -> None:
         "Take the gates off: the model as it was, with the weights that were trained where the learner trains them."
@@ -176,14 +189,16 @@ class Masking:
 
     def version(self, gate: Gate) -> tuple:
         "Changes whenever the switches of a gate may have changed."
-        mine = self.gates.values() if self.learner.scope == "band" else [gate]
-        return (*(g.scores._version for g in mine), self.noisy(gate) and self.step, self.noisy(gate))
+        scores, weights = self.held
+        mine = scores if self.learner.scope == "band" else [gate.name]
+        return (*(scores[n]._version for n in mine), weights[gate.name]._version, self.noisy(gate) and self.step,
+                self.noisy(gate))
 
     def switched(self, gate: Gate, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         "The switches, where backward needs them, and the weight they leave."
         if self.noisy(gate): return None, (weight * hard_concrete(gate.scores, self.noise(gate))[0]).to(weight.dtype)
         if gate.name not in self.waiting:  # selecting within a band decides for all its gates at once
-            group = self.scores if self.learner.scope == "band" else {gate.name: gate.scores}
+            group = whole(self.held[0]) if self.learner.scope == "band" else {gate.name: gate.scores}
             self.waiting = zeroed_by(self.learner, group, self.keep, self.cut)
         off = self.waiting.pop(gate.name)
         return ~off if self.learner.weights else None, weight.masked_fill(off, 0)
@@ -206,7 +221,7 @@ class Masking:
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
         return torch.rand(gate.scores.shape, generator=generator, device=device).to(gate.scores.device)
 
-# %% ../nbs/29_gates.ipynb #d4cd21e6
+# %% ../nbs/29_gates.ipynb #e161e788
 def zeroed_by(
     learner: Learner,
     scores: dict[str, torch.Tensor],  # of all matrices between which the learner chooses
@@ -216,7 +231,7 @@ def zeroed_by(
     "The rule of a learner: true where a weight is switched off."
     strength = {n: s.detach() if learner.signed else s.detach().abs() for n, s in scores.items()}
     if learner.threshold: return {n: s <= cut for n, s in strength.items()}
-    if learner.scope == "matrix": return {n: top_k(-s, budget(s.numel(), keep)) for n, s in strength.items()}
+    if learner.scope == "matrix": return top_k_each({n: -s for n, s in strength.items()}, keep)
     whole = torch.cat([s.flatten() for s in strength.values()])
     off = top_k(-whole, sum(budget(s.numel(), keep) for s in strength.values()))
     parts = off.split([s.numel() for s in strength.values()])
@@ -229,7 +244,7 @@ def hard_concrete(scores: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, 
     inside = (stretched > 0) & (stretched < 1)
     return stretched.clamp(0, 1), inside * x * (1 - x) * (RIGHT - LEFT) / HEAT
 
-# %% ../nbs/29_gates.ipynb #81914e1f
+# %% ../nbs/29_gates.ipynb #4331778e
 class MatrixAdam(torch.optim.Optimizer):
     "Adam with one second moment per matrix."
     def __init__(self, params, lr: float, betas: tuple[float, float] = (.9, .999), eps: float = 1e-12):
@@ -245,7 +260,7 @@ class MatrixAdam(torch.optim.Optimizer):
                     state |= dict(step=torch.zeros(()), mean=torch.zeros_like(p), square=zero)
                 state["step"] += 1
                 state["mean"].lerp_(p.grad, 1 - b1)
-                state["square"].lerp_(p.grad.square().mean(), 1 - b2)
+                state["square"].lerp_(whole(p.grad.square().mean()), 1 - b2)
                 t = state["step"].item()
                 size = (state["square"] / (1 - b2**t)).sqrt() + eps
                 p.sub_(state["mean"] / size, alpha=lr / (1 - b1**t))

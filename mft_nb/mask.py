@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DESCENDING', 'CHUNK', 'TWOS', 'GRID', 'MODES', 'NEEDS_BASE', 'kth_highest', 'no_nan', 'narrow', 'highest_by_counting',
-           'budget', 'top_k', 'Mask', 'stored_transposed', 'save_mask', 'read_provenance', 'load_mask', 'load_official',
-           'save_official', 'masked_weights', 'check_mode', 'mode_of', 'apply_mask', 'masked', 'jaccard']
+           'budget', 'top_k', 'top_k_each', 'Mask', 'stored_transposed', 'save_mask', 'read_provenance', 'load_mask',
+           'load_official', 'save_official', 'masked_weights', 'check_mode', 'mode_of', 'apply_mask', 'masked',
+           'jaccard']
 
-# %% ../nbs/03_mask.ipynb #690f3250
+# %% ../nbs/03_mask.ipynb #64b309bc
 import contextlib
 import json
 import math
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #29e71694
+# %% ../nbs/03_mask.ipynb #aa9f1e69
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -46,48 +47,50 @@ def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #29ce1344
+# %% ../nbs/03_mask.ipynb #03d8c7e6
 TWOS = [2.**e for e in range(-126, 128)]  # all powers of two of float32
 GRID = torch.tensor([-math.inf, -torch.finfo().max, *[-x for x in reversed(TWOS)], 0., *TWOS, torch.finfo().max,
                      math.inf])
 
 def narrow(
-    low: torch.Tensor,  # (1,), where `holds` is true
-    high: torch.Tensor,  # (1,), where it is not
-    between: Callable,  # of low and high: rising marks that divide what lies between them
+    low: torch.Tensor,  # (rows, 1), where `holds` is true
+    high: torch.Tensor,  # (rows, 1), where it is not
+    between: Callable,  # of low and high: (rows, some) rising marks that divide what lies between them
     holds: Callable,  # of marks: true for the first of them, then false
     passes: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "The two marks between which `holds` changes."
+    "The two marks of each row between which `holds` changes."
     for _ in range(passes):
-        marks = torch.cat([low, between(low, high), high])
-        place = holds(marks[1:-1]).sum().reshape(1)
-        low, high = marks.index_select(0, place), marks.index_select(0, place + 1)
+        marks = torch.cat([low, between(low, high), high], 1)
+        place = holds(marks[:, 1:-1]).sum(1, keepdim=True)
+        low, high = marks.gather(1, place), marks.gather(1, place + 1)
     return low, high
 
 def highest_by_counting(
-    flat: torch.Tensor,  # float32 in one dimension, on any device; without NaN, which is not looked for
-    k: int,  # 0 <= k <= flat.numel()
+    scores: torch.Tensor,  # (rows, n) float32, on any device; without NaN, which is not looked for
+    k: int | torch.Tensor,  # how many of each row, 0 <= k <= n; or (rows, 1)
     parts: int = 2,  # into which each pass divides what is left: 2 or 16
 ) -> torch.Tensor:
-    "`top_k` by counting alone: no sort, no shape that depends on values, nothing that the host waits for."
+    "`top_k` of every row by counting alone: no sort, no shape that depends on values, no wait for the host."
+    rows, n = scores.shape
+    full = lambda value: torch.full((rows, 1), value, dtype=torch.int32, device=scores.device)
     count = lambda chosen: chosen.sum(-1, dtype=torch.int32)
-    at, shares = lambda *values: torch.tensor(values, device=flat.device), range(1, parts)
-    reached = lambda marks: count(flat >= marks[:, None]) >= k
-    passes = lambda bits: -(-bits // (parts.bit_length() - 1))
-    steps = lambda a, b: (a + at(*shares) * ((b - a + parts - 1) // parts)).minimum(b)
-    grid, places = GRID.to(flat.device), torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
-    low, high = narrow(at(0), at(len(GRID)), steps, lambda i: reached(grid.index_select(0, i.clamp(max=len(GRID) - 1)))
-                       & (i < len(GRID)), passes(len(GRID).bit_length()))
-    low, high = grid.index_select(0, low), grid.index_select(0, high.clamp(max=len(GRID) - 1))
-    fractions = at(*(s / parts for s in shares))  # exact between two powers of two, until nothing lies between
-    low, _ = narrow(low, high, lambda a, b: a + (b - a) * fractions, reached, passes(24))
-    ties, wanted = flat == low, k - count(flat > low)  # of the ties as many as there is room for, from the lowest index
-    _, end = narrow(at(-1), at(flat.numel()), steps, lambda marks: count(ties & (places < marks[:, None])) < wanted,
-                    passes(flat.numel().bit_length() + 1))
-    return (flat > low) | (ties & (places < end))
+    reached = lambda marks: count(scores[:, None] >= marks[..., None]) >= k
+    shares = torch.arange(1, parts, device=scores.device)
+    passes = lambda places: -(-places.bit_length() // (parts.bit_length() - 1))
+    steps = lambda a, b: (a + shares * ((b - a + parts - 1) // parts)).minimum(b).int()
+    grid, last = GRID.to(scores.device), len(GRID) - 1
+    power = lambda i: grid.index_select(0, i.clamp(max=last).flatten()).view(i.shape)
+    low, high = narrow(full(0), full(len(GRID)), steps, lambda i: reached(power(i)) & (i <= last), passes(len(GRID)))
+    halves = lambda a, b: a + (b - a) * (shares / parts)  # exact between powers of two, until nothing lies between
+    low, _ = narrow(power(low), power(high), halves, reached, passes(2**24 - 1))
+    ties, places = scores == low, torch.arange(n, dtype=torch.int32, device=scores.device)
+    room = k - count(scores > low)[:, None]  # the ties with the lowest indices fill it
+    before = lambda i: count(ties[:, None] & (places < i[..., None]))
+    _, end = narrow(full(-1), full(n), steps, lambda i: before(i) < room, passes(2 * n))
+    return (scores > low) | (ties & (places < end))
 
-# %% ../nbs/03_mask.ipynb #f9a2fa87
+# %% ../nbs/03_mask.ipynb #dec9baff
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -106,7 +109,7 @@ def top_k(
     if not 0 <= k <= flat.numel(): raise ValueError(f"k: found {k}, allowed is 0 to {flat.numel()}")
     if flat.device.type in ("cuda", "xla") and flat.dtype != torch.float64:
         if not flat.is_xla: no_nan(flat)  # the answer would have to be waited for
-        return highest_by_counting(flat.float(), k, 16 if flat.is_xla else 2).view(scores.shape)
+        return highest_by_counting(flat.float()[None], k, 16 if flat.is_xla else 2).view(scores.shape)
     if flat.device.type == "cpu" and flat.is_floating_point() and flat.numel() >= 2**16 and k:
         threshold = kth_highest(flat, k)
     else:
@@ -127,10 +130,11 @@ def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
     "`top_k` of every row, with `k` spread over the rows as evenly as it goes."
     if scores.ndim != 2: raise ValueError(f"a budget per row needs a matrix; found shape {tuple(scores.shape)}")
     if not 0 <= k <= scores.numel(): raise ValueError(f"k: found {k}, allowed is 0 to {scores.numel()}")
+    shares = (torch.arange(len(scores) + 1, dtype=torch.float64) * k / len(scores)).round().long().diff()[:, None]
+    if scores.is_xla: return highest_by_counting(scores.float(), shares.int().to(scores.device), 16)
     no_nan(scores)
     chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if not k: return chosen
-    shares = (torch.arange(len(scores) + 1, dtype=torch.float64) * k / len(scores)).round().long().diff()[:, None]
     step = max(1, 4 * CHUNK // scores.shape[1])
     for rows, out, ks in zip(scores.split(step), chosen.split(step), shares.to(scores.device).split(step), strict=True):
         if rows.dtype in (torch.float16, torch.bfloat16): rows = rows.float()
@@ -143,7 +147,19 @@ def _top_k_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
         out |= ties & (ties.cumsum(1, dtype=torch.int32) <= open_places)
     return chosen
 
-# %% ../nbs/03_mask.ipynb #fdf98d3a
+def top_k_each(scores: dict[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:
+    "`top_k` of every matrix at its own budget. On XLA matrices of one size share a selection, and so its compilation."
+    if not all(s.is_xla for s in scores.values()):
+        return {n: top_k(s, budget(s.numel(), keep)) for n, s in scores.items()}
+    found = {}
+    for size in {s.numel() for s in scores.values()}:
+        same = {n: s for n, s in scores.items() if s.numel() == size}
+        rows = torch.stack([s.detach().float().flatten() for s in same.values()])
+        chosen = highest_by_counting(rows, budget(size, keep), 16)
+        found |= {n: m.view(s.shape) for (n, s), m in zip(same.items(), chosen, strict=True)}
+    return {n: found[n] for n in scores}
+
+# %% ../nbs/03_mask.ipynb #76f8f441
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -194,12 +210,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #f67a6dca
+# %% ../nbs/03_mask.ipynb #00c3ff4d
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #fa4d5581
+# %% ../nbs/03_mask.ipynb #6ef0d419
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -228,7 +244,7 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #6b7aea44
+# %% ../nbs/03_mask.ipynb #f2a174c1
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
     with open(path, "rb") as file:
@@ -249,7 +265,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #c3520d01
+# %% ../nbs/03_mask.ipynb #a8f5d90d
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -282,7 +298,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #e1b98974
+# %% ../nbs/03_mask.ipynb #55f3b532
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -318,7 +334,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #b83ac01c
+# %% ../nbs/03_mask.ipynb #13f639a3
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -337,18 +353,27 @@ def masked(
     weights = _fit(model, mask, mode, base, update)
     chosen = {n: m.to(weights[n].device) for n, m in mask.masked.items()}
     if update or mode in ("rescale", "dare"): chosen = {n: torch.ones_like(m) for n, m in chosen.items()}  # all change
-    before = {n: weights[n].detach()[m] for n, m in chosen.items()}
+    before = {n: _take(weights[n], m) for n, m in chosen.items()}
     try:
         apply_mask(model, mask, mode, base, update)
         if scale:
             with torch.no_grad():
-                for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n] * scale)
+                for n, m in chosen.items(): _give(weights[n], m, before[n] * scale)
         yield model
     finally:
         with torch.no_grad():
-            for n, m in chosen.items(): weights[n].masked_scatter_(m, before[n])
+            for n, m in chosen.items(): _give(weights[n], m, before[n])
 
-# %% ../nbs/03_mask.ipynb #dfacad4b
+def _take(w: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    "What of a weight is needed to put masked entries back; on XLA all of it, so that no shape depends on values."
+    return w.detach().clone() if w.is_xla else w.detach()[m]
+
+def _give(w: torch.Tensor, m: torch.Tensor, values: torch.Tensor) -> None:
+    "Put what `_take` returned into the entries of a mask."
+    if w.is_xla: w.copy_(torch.where(m, values, w))
+    else: w.masked_scatter_(m, values)
+
+# %% ../nbs/03_mask.ipynb #3c72bf18
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SUFFIXES', 'MethodName', 'Methods', 'Evidence', 'Method', 'damped', 'brain_surgeon', 'sparsegpt',
-           'known_method', 'stems', 'collect', 'needs_backward', 'empty_sums', 'means_of', 'save_sums', 'watched',
-           'whole_gradient', 'evidence_of', 'scores_of', 'mask_of']
+           'known_method', 'stems', 'collect', 'needs_backward', 'empty_sums', 'resumed', 'means_of', 'save_sums',
+           'watched', 'whole_gradient', 'evidence_of', 'scores_of', 'mask_of']
 
-# %% ../nbs/25_scores.ipynb #a6a20854
+# %% ../nbs/25_scores.ipynb #c2876b15
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .device import Device, spread
-from .loss import batches, example_losses, head_is_plain
+from .loss import batches, example_losses, head_is_plain, label_counts
 from .mask import Mask, budget, stored_transposed, top_k
 from .model import layers_of
+from .shards import add_to, fetched, is_whole, like, local, over_processes
 from .study import no_repeats
 
-# %% ../nbs/25_scores.ipynb #83527e91
+# %% ../nbs/25_scores.ipynb #94cec6ae
 @dataclass
 class Evidence:
     "What is known about one weight matrix; `None` is what no chosen method needs."
@@ -52,7 +53,7 @@ class Method:
     mode: str = "zero"  # how the mask is applied, from mft_nb.mask.MODES
     solve: Callable[[Evidence, int], tuple[torch.Tensor, torch.Tensor]] | None = None  # mask and new weights at once
 
-# %% ../nbs/25_scores.ipynb #4352aab0
+# %% ../nbs/25_scores.ipynb #93efba86
 def damped(gram: torch.Tensor, share: float = .01) -> torch.Tensor:
     "The Gram matrix in float64 with 1% of its mean diagonal added, so that it can be inverted (as SparseGPT does)."
     found = gram.double()
@@ -79,7 +80,7 @@ def sparsegpt(e: Evidence, k: int, block: int = 128) -> tuple[torch.Tensor, torc
         w[:, start:end][masked[:, start:end]] = 0
     return masked, w.to(e.w.dtype)
 
-# %% ../nbs/25_scores.ipynb #46e7d64a
+# %% ../nbs/25_scores.ipynb #726298a4
 METHODS = {
     # signed: harmful weights first
     "sci": Method("sign(w) g", "Sign-Corrected Influence", lambda e: e.w.sign() * e.g, ("gradient",), signed=True),
@@ -123,7 +124,7 @@ def stems(methods: list[str]) -> list[str]:
     "The methods behind a list with suffixes, each once."
     return list(dict.fromkeys(m.partition(".")[0] for m in methods))
 
-# %% ../nbs/25_scores.ipynb #d8864896
+# %% ../nbs/25_scores.ipynb #7e334121
 def collect(
     model: nn.Module,
     weights: dict[str, nn.Parameter],  # from `maskable`
@@ -143,18 +144,18 @@ def collect(
     sums = empty_sums(weights, needs, model)
     if partial and partial.exists():
         with safe_open(partial, "pt") as f: done = int(f.metadata()["batches"])
-        sums = {n: spread(t.to(device.device)) for n, t in load_file(partial).items()}
+        sums = resumed(load_file(partial), sums, device)
     with watched(model, weights, sums, needs) as watch:
         for b, (chosen, batch) in enumerate(batches(examples, batch_size, pad_id, device)):
             if b >= done:
-                watch(("even", "odd")[b % 2], batch["attention_mask"])
+                watch(("even", "odd")[b % 2], batch["attention_mask"] * (label_counts(batch) > 0)[:, None])
                 if needs_backward(needs): example_losses(model, batch, plain).sum().backward()
                 else:
                     with torch.no_grad(): example_losses(model, batch, plain)
                 sums[f"n/{('even', 'odd')[b % 2]}"] += len(chosen)
                 if partial and b % 16 == 15: save_sums(sums, partial, b + 1)
-            update(len(chosen))
-    return means_of(sums)
+            update(len(chosen) * device.world)
+    return means_of(over_processes(sums))
 
 def needs_backward(needs) -> bool:
     "Whether anything asked for comes from a backward pass."
@@ -170,8 +171,16 @@ def empty_sums(weights, needs, model) -> dict[str, torch.Tensor]:
         shapes = dict(gradient=w.shape, squares=w.shape, inputs=(inputs,), gram=(inputs, inputs))
         for need in needs:
             for key in ("even", "odd") if need == "gradient" else (need,):
-                if need in shapes: sums[f"{key}/{name}"] = spread(torch.zeros(shapes[need], device=w.device))
+                if need not in shapes: continue
+                zeros = torch.zeros_like(w, dtype=torch.float32, requires_grad=False) if shapes[need] == w.shape else \
+                    torch.zeros(shapes[need], device=w.device)
+                sums[f"{key}/{name}"] = spread(zeros)  # as its weight is shared out over processes, or over chips
     return sums
+
+def resumed(saved: dict[str, torch.Tensor], zeros: dict[str, torch.Tensor], device: Device) -> dict[str, torch.Tensor]:
+    "Sums from a file, laid out as zeros are; what every process adds to on its own, the first one holds."
+    mine = lambda n, t: spread(like(t.to(device.device), zeros[n]))
+    return {n: zeros[n] if device.rank and is_whole(zeros[n]) else mine(n, t) for n, t in saved.items()}
 
 def means_of(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "Sums over examples or tokens to means, in place: there is no room for both."
@@ -182,12 +191,12 @@ def means_of(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return sums
 
 def save_sums(sums: dict[str, torch.Tensor], path: Path, batches: int) -> None:
-    "Write the running sums so that a reader sees all or nothing."
-    part = path.with_suffix(".tmp")
-    save_file({n: t.cpu() for n, t in sums.items()}, part, metadata=dict(batches=str(batches)))
+    "Write the running sums so that a reader sees all or nothing; of several processes all take part."
+    if (found := fetched(sums, add=True)) is None: return
+    save_file(found, part := path.with_suffix(".tmp"), metadata=dict(batches=str(batches)))
     os.replace(part, path)
 
-# %% ../nbs/25_scores.ipynb #41fd1cf2
+# %% ../nbs/25_scores.ipynb #f4746b5c
 class watched:
     """Hooks that add what the layers of `weights` see to `sums`: a context manager that yields `watch(half, mask)`, to
     be called before each batch. Layers that share an input share the work of its Gram matrix."""
@@ -231,16 +240,19 @@ class watched:
 
     def see_gradient(self, name, x, d):
         left, right = (x, d) if name in self.flipped else (d, x)
-        half = self.sums.get(f"{self.half}/{name}")
+        totals = [self.sums.get(f"{key}/{name}") for key in ("squares", self.half)]
         if "squares" not in self.needs:
-            half += left.flatten(0, 1).T @ right.flatten(0, 1)
+            add_to(totals[1], left.flatten(0, 1).T @ right.flatten(0, 1))
             return
+        squares, half = mine = [t if t is None else local(t) for t in totals]
         for one, other in zip(left, right, strict=True):  # one example at a time: nothing larger than the matrix
             g = (one.T @ other).float()
-            self.sums[f"squares/{name}"].addcmul_(g, g)
+            squares.addcmul_(g, g)
             if half is not None: half += g
+        for total, t in zip(totals, mine, strict=True):
+            if t is not total: add_to(total, t)
 
-# %% ../nbs/25_scores.ipynb #5aae0f78
+# %% ../nbs/25_scores.ipynb #df811141
 def whole_gradient(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The gradient over all examples from `collect`."
     a, b = found["n/even"], found["n/odd"]
