@@ -6,7 +6,7 @@
 __all__ = ['Isolated', 'SIZE', 'answer_scores', 'unigram', 'baselines', 'measure', 'by_layer', 'sets_of', 'find_super', 'check',
            'examples_of', 'run_ablations', 'measure_all']
 
-# %% ../nbs/48_ablations.ipynb #f0a39bbd
+# %% ../nbs/48_ablations.ipynb #bbfd909e
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from .controls import (Case, Peaks, Sets, cases, described, largest_channels, la
 from .device import Device, inference, pick_device
 from .discovery import Discovery, members_by_share
 from .influence import evenly
-from .loss import answer_logits, by_length, collate, head_is_plain, over_batches
+from .loss import answer_logits, batches, head_is_plain, label_counts, over_batches
 from .model import load_model, load_tokenizer
 from .neurons import NeuronMask, ablate
 from .problems import load_humaneval
@@ -33,10 +33,10 @@ from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, no_r
                           read_json, read_jsonl, seed_everything, write_jsonl)
 from .styles import reference
 
-# %% ../nbs/48_ablations.ipynb #c482405a
+# %% ../nbs/48_ablations.ipynb #79fc78c7
 Isolated = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], AfterValidator(no_repeats)]
 
-# %% ../nbs/48_ablations.ipynb #7ce2cc59
+# %% ../nbs/48_ablations.ipynb #d971b3bf
 def answer_scores(
     model: nn.Module,
     batch: dict[str, torch.Tensor],  # from `collate`, on the model's device
@@ -44,13 +44,14 @@ def answer_scores(
 ) -> list[tuple[float, float, int]]:
     "For each row: mean cross-entropy of its labelled tokens, share of them that are the argmax, their number."
     logits, wanted, rows = answer_logits(model, batch, plain_head)
-    losses = F.cross_entropy(logits.float(), wanted, reduction="none").double().cpu()
-    hits, rows = (logits.argmax(-1) == wanted).double().cpu(), rows.cpu()
-    total = lambda x: torch.zeros(len(batch["labels"]), dtype=torch.float64).index_add(0, rows, x)
-    n = total(torch.ones_like(losses))
-    return list(zip((total(losses) / n).tolist(), (total(hits) / n).tolist(), n.int().tolist(), strict=True))
+    losses = F.cross_entropy(logits.float(), wanted, reduction="none", ignore_index=IGNORED)
+    found = torch.stack([losses, logits.argmax(-1) == wanted, rows])  # together: one look at the device
+    losses, hits, rows = found.cpu().double()
+    total = lambda x: torch.zeros(len(batch["labels"]), dtype=torch.float64).index_add(0, rows.long(), x)
+    n = label_counts(batch).cpu()
+    return list(zip((total(losses) / n).tolist(), (total(hits) / n).tolist(), n.tolist(), strict=True))
 
-# %% ../nbs/48_ablations.ipynb #77a4d99b
+# %% ../nbs/48_ablations.ipynb #0648203d
 def unigram(examples: list[dict], vocabulary: int) -> np.ndarray:
     "Log-probability of every token by its count among the labels."
     seen = Counter(t for e in examples for t in e["labels"] if t != IGNORED)
@@ -66,7 +67,7 @@ def baselines(train: list[dict], examples: list[dict], domains: list[str], vocab
                          majority_accuracy=(labels == log_p.argmax()).mean(), uniform_loss=np.log(vocabulary)))
     return pd.DataFrame(rows).groupby("domain", sort=False, as_index=False).mean()
 
-# %% ../nbs/48_ablations.ipynb #081afbc5
+# %% ../nbs/48_ablations.ipynb #f650da10
 SIZE = dict(cpu=3)  # examples at once: small batches stay in a CPU's cache and hold less padding
 
 def measure(
@@ -100,7 +101,7 @@ def measure(
                 for i, (d, (loss, hit, n)) in enumerate(zip(domains, found, strict=True))])
             bar.update(tokens)
 
-# %% ../nbs/48_ablations.ipynb #37e42744
+# %% ../nbs/48_ablations.ipynb #93b134e8
 def by_layer(values: torch.Tensor, sizes: dict[int, int]) -> dict[int, torch.Tensor]:
     "One value per neuron, cut into layers."
     return dict(zip(sorted(sizes), values.split([sizes[i] for i in sorted(sizes)]), strict=True))
@@ -121,13 +122,13 @@ def sets_of(found: Discovery, supers: list[dict], networks: int, shares: list[fl
 def find_super(net, examples: list[dict], layers: list[int], n: int, pad_id: int, where: Device) -> list[dict]:
     "Rows of super.csv: the channels that write the most at once, over all tokens of the examples."
     peaks = Peaks()
-    for chosen in by_length(examples, 8):
-        batch = {k: v.to(where.device) for k, v in collate([examples[i] for i in chosen], pad_id).items()}
-        with inference(net), peaks.watch(net, batch["attention_mask"], layers):
+    for _, batch in batches(examples, 8, pad_id, where):
+        real = batch["attention_mask"] * (label_counts(batch) > 0)[:, None]  # without rows that fill up a batch
+        with inference(net), peaks.watch(net, real, layers):
             net.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return largest_channels(peaks.largest, largest_weights(net, layers), n)
+    return largest_channels({i: x.cpu() for i, x in peaks.largest.items()}, largest_weights(net, layers), n)
 
-# %% ../nbs/48_ablations.ipynb #d9bd5112
+# %% ../nbs/48_ablations.ipynb #494646f9
 def check(params: dict) -> None:
     "Raises ValueError when more networks shall be ablated than are found."
     if params["ablated_networks"] > params["components"]:

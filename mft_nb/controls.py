@@ -7,7 +7,7 @@ __all__ = ['MATCHED', 'NEAR', 'RANKED', 'Peaks', 'largest_weights', 'largest_cha
            'tiers_of', 'stand_ins', 'control', 'Case', 'Sets', 'drawn', 'highest', 'controls_of', 'isolated', 'cases',
            'described']
 
-# %% ../nbs/39_controls.ipynb #4f054496
+# %% ../nbs/39_controls.ipynb #1ba4fd4d
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import nn
 
 from .sites import base_layer, capture, down_projections
 
-# %% ../nbs/39_controls.ipynb #f7a8bfa3
+# %% ../nbs/39_controls.ipynb #e7580509
 class Peaks:
     "Largest absolute activation of every neuron over all forward passes inside `watch`."
     def __init__(self): self.largest = {}
@@ -27,7 +27,7 @@ class Peaks:
         "Context manager for the forward pass of one batch; padding is left out."
         real = attention_mask.bool()
         def update(layer, x):
-            peak = x[real].abs().amax(0).float().cpu()
+            peak = x.abs().masked_fill(~real[..., None], 0).amax((0, 1)).float()
             self.largest[layer] = torch.maximum(self.largest.get(layer, torch.zeros_like(peak)), peak)
         return capture(model, update, layers)
 
@@ -54,7 +54,7 @@ def largest_channels(
                              weight=weights[layer][i].item(), size=sizes[i].item(), typical=typical))
     return sorted(rows, key=lambda r: -r["size"])[:n]
 
-# %% ../nbs/39_controls.ipynb #7c31aca3
+# %% ../nbs/39_controls.ipynb #49220f93
 MATCHED = ("layer-matched", "magnitude-matched")
 NEAR = 5  # a stand-in is drawn from so many neurons of about the same activity
 
@@ -106,7 +106,7 @@ def control(
             found[offered[stand_ins(activity[chosen & here], activity[offered], rng)]] = True
     return found
 
-# %% ../nbs/39_controls.ipynb #26c46297
+# %% ../nbs/39_controls.ipynb #3d3af441
 class Case(NamedTuple):
     "A set of neurons to be masked, and what it is for."
     mask: str  # name, unique

@@ -6,7 +6,7 @@
 __all__ = ['Which', 'Family', 'Families', 'CONTEXT', 'said', 'content', 'documents_of', 'passes', 'top_tokens', 'write_masks',
            'check', 'find_networks', 'matched', 'facts']
 
-# %% ../nbs/32_networks.ipynb #8c75187d
+# %% ../nbs/32_networks.ipynb #f66a503e
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,18 +23,18 @@ from .chat import IGNORED, REQUEST
 from .device import Device, pick_device
 from .discovery import Discovery, discover, members_by_share
 from .ica import match
-from .loss import by_length, collate
+from .loss import batches
 from .model import Band, ModelName, Template, load_model, load_tokenizer, n_layers, resolve_band
 from .neurons import NeuronMask, capture, save_neurons
 from .study import (Count, CountOrZero, Positive, Seed, Share, StudyName, checked, finished, no_repeats,
                           open_stage, progress, read_jsonl, seed_everything, write_jsonl)
 
-# %% ../nbs/32_networks.ipynb #c6cf33fc
+# %% ../nbs/32_networks.ipynb #95660e53
 Which = Literal["base", "fft"]
 Family = Literal["temporal", "spatial", "pca"]
 Families = Annotated[list[Family], Field(min_length=1), AfterValidator(no_repeats)]
 
-# %% ../nbs/32_networks.ipynb #1658ab6f
+# %% ../nbs/32_networks.ipynb #4d1722e0
 def said(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
     "Text of a chat and where in it each message stands. Raises ValueError when the template changes what is said."
     fill = lambda ms: tokenizer.apply_chat_template(ms, tokenize=False)
@@ -64,7 +64,7 @@ def content(
               for t, at in zip(found["input_ids"], found["offset_mapping"], strict=True)]
     return dict(input_ids=found["input_ids"], labels=labels)
 
-# %% ../nbs/32_networks.ipynb #ccb60704
+# %% ../nbs/32_networks.ipynb #ba9d7cf2
 def documents_of(
     tokenizer,
     rows: list[dict],  # chats with `id` and `messages`
@@ -84,7 +84,7 @@ def documents_of(
     if not found: raise ValueError(f"none of {len(rows)} chats fits into max_tokens = {max_tokens}")
     return found
 
-# %% ../nbs/32_networks.ipynb #5190090a
+# %% ../nbs/32_networks.ipynb #2a962f20
 def passes(
     net: nn.Module,
     documents: list[dict],  # from `documents_of`
@@ -101,16 +101,18 @@ def passes(
         nonlocal number
         number += 1
         with progress(tokens, f"{label}, pass {number}", "tok") as bar:
-            for chosen in by_length(documents, batch_size):
-                batch = {k: v.to(where.device) for k, v in collate([documents[i] for i in chosen], pad_id).items()}
-                seen, kept = {}, batch.pop("labels") != IGNORED
-                with torch.no_grad(), capture(net, seen.__setitem__, layers): net.base_model(**batch, use_cache=False)
-                for row, (i, keep) in enumerate(zip(chosen, kept, strict=True)):
-                    yield i, {layer: x[row][keep] for layer, x in seen.items()}
+            for chosen, batch in batches(documents, batch_size, pad_id, where):
+                seen, _ = {}, batch.pop("labels")
+                with where.step(), torch.no_grad(), capture(net, seen.__setitem__, layers):
+                    net.base_model(**batch, use_cache=False)
+                if where.fixed_shapes: seen = {layer: x.cpu() for layer, x in seen.items()}  # the host chooses tokens
+                for row, i in enumerate(chosen):
+                    keep = torch.tensor(documents[i]["labels"]) != IGNORED
+                    yield i, {layer: x[row, :len(keep)][keep] for layer, x in seen.items()}
                     bar.update(int(keep.sum()))
     return run
 
-# %% ../nbs/32_networks.ipynb #9575de3c
+# %% ../nbs/32_networks.ipynb #1af2fab5
 CONTEXT = 12  # tokens shown before and after
 
 def top_tokens(
@@ -137,7 +139,7 @@ def top_tokens(
                                  score=round(float(row[i]), 4), document=documents[i]["id"]))
     return rows
 
-# %% ../nbs/32_networks.ipynb #f0200ca2
+# %% ../nbs/32_networks.ipynb #1fe66002
 def write_masks(found: Discovery, folder: Path, p) -> dict:
     "Write masks/<family>-<rank>.json, key.json and kept.json; returns how many neurons the last two have."
     (folder / "masks").mkdir(exist_ok=True)
@@ -150,7 +152,7 @@ def write_masks(found: Discovery, folder: Path, p) -> dict:
     for name, m in made.items(): save_neurons(m, folder / f"{name}.json")
     return {name: m.count() for name, m in made.items()}
 
-# %% ../nbs/32_networks.ipynb #218741ec
+# %% ../nbs/32_networks.ipynb #4946013a
 def check(params: dict) -> None:
     "Raises ValueError for budgets that cannot be met."
     p = SimpleNamespace(**params)
