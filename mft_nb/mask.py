@@ -8,7 +8,7 @@ __all__ = ['DESCENDING', 'CHUNK', 'TWOS', 'GRID', 'MODES', 'NEEDS_BASE', 'kth_hi
            'load_official', 'save_official', 'masked_weights', 'check_mode', 'mode_of', 'apply_mask', 'masked',
            'jaccard']
 
-# %% ../nbs/03_mask.ipynb #64b309bc
+# %% ../nbs/03_mask.ipynb #e5130d2a
 import contextlib
 import json
 import math
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# %% ../nbs/03_mask.ipynb #aa9f1e69
+# %% ../nbs/03_mask.ipynb #9d1eb710
 DESCENDING = np.r_[0x7fff:-1:-1, 0x8000:0x10000]  # the first 16 bits of all floats, from the highest to the lowest
 CHUNK = 2**20  # scores looked at together: they fit into the cache, and copies stay small
 
@@ -47,7 +47,7 @@ def no_nan(scores: torch.Tensor) -> None:
     "Raises ValueError when a score is not a number."
     if torch.isnan(scores).any(): raise ValueError("scores contain NaN: the gradients they come from are broken")
 
-# %% ../nbs/03_mask.ipynb #03d8c7e6
+# %% ../nbs/03_mask.ipynb #8695d82f
 TWOS = [2.**e for e in range(-126, 128)]  # all powers of two of float32
 GRID = torch.tensor([-math.inf, -torch.finfo().max, *[-x for x in reversed(TWOS)], 0., *TWOS, torch.finfo().max,
                      math.inf])
@@ -90,7 +90,7 @@ def highest_by_counting(
     _, end = narrow(full(-1), full(n), steps, lambda i: before(i) < room, passes(2 * n))
     return (scores > low) | (ties & (places < end))
 
-# %% ../nbs/03_mask.ipynb #dec9baff
+# %% ../nbs/03_mask.ipynb #4d28d653
 def budget(
     numel: int,  # weights in the matrix
     keep: float,  # share that is kept, in (0, 1]
@@ -159,7 +159,7 @@ def top_k_each(scores: dict[str, torch.Tensor], keep: float) -> dict[str, torch.
         found |= {n: m.view(s.shape) for (n, s), m in zip(same.items(), chosen, strict=True)}
     return {n: found[n] for n in scores}
 
-# %% ../nbs/03_mask.ipynb #76f8f441
+# %% ../nbs/03_mask.ipynb #a4f1ec39
 class Mask:
     "Named boolean tensors (true = zeroed) over weight matrices, with provenance."
     def __init__(
@@ -191,7 +191,7 @@ class Mask:
 
     def count(self) -> int:
         "How many weights are zeroed."
-        return sum(int(m.sum()) for m in self.masked.values())
+        return sum(int(m.count_nonzero()) for m in self.masked.values())
 
     def numel(self) -> int:
         "How many weights the mask looks at."
@@ -199,7 +199,7 @@ class Mask:
 
     def by_matrix(self) -> dict[str, float]:
         "Share of zeroed weights of each matrix."
-        return {n: m.float().mean().item() for n, m in self.masked.items()}
+        return {n: int(m.count_nonzero()) / m.numel() for n, m in self.masked.items()}
 
     def __eq__(self, other):
         return (isinstance(other, Mask) and self.masked.keys() == other.masked.keys()
@@ -210,12 +210,12 @@ class Mask:
     def __repr__(self):
         return f"Mask({self.provenance.get('method', '?')}: {self.count():,} of {self.numel():,} weights zeroed)"
 
-# %% ../nbs/03_mask.ipynb #00c3ff4d
+# %% ../nbs/03_mask.ipynb #a51a2320
 def stored_transposed(model: nn.Module) -> set[str]:
     "Names of the weights stored as (in, out): those of transformers' Conv1D."
     return {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
 
-# %% ../nbs/03_mask.ipynb #6ef0d419
+# %% ../nbs/03_mask.ipynb #7b950988
 def save_mask(mask: Mask, path: str | Path) -> Path:
     "Write a mask: one bit per weight, provenance in the metadata."
     packed = {n: torch.from_numpy(np.packbits(m.numpy().ravel())) for n, m in mask.masked.items()}
@@ -244,7 +244,7 @@ def load_mask(path: str | Path) -> Mask:
             masked[name] = torch.from_numpy(bits.astype(bool)).view(shape)
     return Mask(masked, meta["provenance"])
 
-# %% ../nbs/03_mask.ipynb #f2a174c1
+# %% ../nbs/03_mask.ipynb #5f54ce01
 def load_official(path: str | Path) -> Mask:
     "Read the paper's masks.pt (1 = kept), from any device and in any dtype. Raises ValueError for anything else."
     with open(path, "rb") as file:
@@ -265,7 +265,7 @@ def save_official(mask: Mask, path: str | Path) -> None:
     "Write the paper's masks.pt, dense float32, for use with its own code."
     torch.save({n.removesuffix(".weight"): (~m).float() for n, m in mask.masked.items()}, path)
 
-# %% ../nbs/03_mask.ipynb #a8f5d90d
+# %% ../nbs/03_mask.ipynb #ab2fec6f
 def _wide(t: torch.Tensor) -> torch.Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -298,7 +298,7 @@ def check_mode(mode: str) -> str:
     if mode not in MODES: raise ValueError(f"mode: found {mode!r}; allowed: {', '.join(MODES)}")
     return mode
 
-# %% ../nbs/03_mask.ipynb #55f3b532
+# %% ../nbs/03_mask.ipynb #8583b499
 def mode_of(mask: Mask, mode: str | None = None) -> str:
     "The mode asked for, else the one in the mask's provenance, else zero."
     return check_mode(mode or mask.provenance.get("mode") or "zero")
@@ -334,7 +334,7 @@ def apply_mask(
         if update and name in update: w.copy_(update[name])
         w.copy_(masked_weights(w, m, mode, base[name] if mode in NEEDS_BASE else None))
 
-# %% ../nbs/03_mask.ipynb #13f639a3
+# %% ../nbs/03_mask.ipynb #c6c1c691
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
@@ -373,11 +373,11 @@ def _give(w: torch.Tensor, m: torch.Tensor, values: torch.Tensor) -> None:
     if w.is_xla: w.copy_(torch.where(m, values, w))
     else: w.masked_scatter_(m, values)
 
-# %% ../nbs/03_mask.ipynb #3c72bf18
+# %% ../nbs/03_mask.ipynb #fcaeb0bd
 def jaccard(a: Mask, b: Mask) -> float:
     "Weights zeroed by both masks over weights zeroed by either; 1 for two empty masks."
     names = a.masked.keys() | b.masked.keys()
     none = torch.zeros((), dtype=torch.bool)
     pairs = [(a.masked.get(n, none), b.masked.get(n, none)) for n in names]
-    union = sum(int((x | y).sum()) for x, y in pairs)
-    return sum(int((x & y).sum()) for x, y in pairs) / union if union else 1.
+    union = sum(int((x | y).count_nonzero()) for x, y in pairs)
+    return sum(int((x & y).count_nonzero()) for x, y in pairs) / union if union else 1.
