@@ -35,7 +35,7 @@ publish: .venv/ready  ## a masked checkpoint with its card: make publish STUDY=l
 test: .venv/ready check  ## lint, the smoke study, every notebook, every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m snakemake -j $(JOBS) --nolock --rerun-incomplete --quiet host reason --config study=smoke threads=1
 	OMP_NUM_THREADS=1 MFT_NB_TERMINAL=/dev/null $(BIN)/nbdev-test --n-workers $(JOBS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: .venv/ready  ## ruff; notebooks and modules in step; notebooks clean; README made from its notebook
 	$(BIN)/ruff check .
