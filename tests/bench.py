@@ -1,5 +1,5 @@
 """Speed and memory as ratios within one run (`make bench`). Machines are noisy: the two sides of every ratio take
-turns, and the median counts. About fifteen minutes on two cores, most of them plain `generate`, whose 164 answers are
+turns, and the median counts. About twenty minutes on two cores, most of them plain `generate`, whose 164 answers are
 written once."""
 import os
 import statistics
@@ -10,14 +10,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
+from wide import qwen2_half_b, write_checkpoint
 
 from mft_nb.chat import encode_rows
 from mft_nb.device import inference, pick_device
 from mft_nb.generate import generate
 from mft_nb.learn_mask import LEARNERS, Masking, initial_scores
-from mft_nb.loss import collate, label_losses
+from mft_nb.loss import collate, example_losses, head_is_plain, label_losses
 from mft_nb.mask import Mask, save_mask, top_k
 from mft_nb.model import load_model, load_tokenizer, maskable, resolve_band
 from mft_nb.problems import load_humaneval
@@ -108,6 +111,12 @@ def matmul_flops(where, n: int = 2048) -> float:
     return 2 * n**3 / turns(product)[0]
 
 
+def flops(action) -> int:
+    "Floating-point operations of the matrix products and the attention of an action."
+    with FlopCounterMode(display=False) as counter: action()
+    return counter.get_total_flops()
+
+
 def bench_scores(where, tokenizer) -> None:
     "Gradients of a band of 3 of 30 layers against a full forward and backward; then everything any score needs."
     rows = batch_of(tokenizer, 8, 256)
@@ -126,10 +135,83 @@ def bench_scores(where, tokenizer) -> None:
         where.sync()
 
     a, b, c = turns(lambda: ours("gradient"), full, lambda: ours("gradient", "squares", "inputs", "gram"))
-    row("influence: cost per example, against a full forward and backward", f"{a / b:.2f}", "at most 0.70")
+    limit = flops(lambda: ours("gradient")) / flops(full)
+    row("influence: cost per example, against a full forward and backward", f"{a / b:.2f}",
+        f"at most 0.70; FLOPs {limit:.2f}")
     row("influence: everything that any score needs, against the gradient alone", f"{c / a:.2f}", "at most 1.50")
     held = sum(w.numel() for w in band.values()) / sum(w.numel() for w in net.parameters())
     row("influence: share of the model's gradients that is held", f"{held:.2f}", "the band's share")
+
+
+def bench_width(where, examples: int = 4, tokens: int = 256) -> None:
+    "Gradients of layers 15-17 of Qwen2-0.5B's shape, against the same loss with the gradients of all weights."
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder, "qwen"), qwen2_half_b(), 6)
+        net = load_model(Path(folder, "qwen"), where)
+        band, plain = maskable(net, resolve_band("20-23 of 32", 24)), head_is_plain(net)
+        rows = noise(examples, tokens, 151_936)
+        batch = {k: v.to(where.device) for k, v in collate(rows, 0).items()}
+
+        def full():
+            net.requires_grad_(True)
+            example_losses(net, batch, plain).sum().backward()
+            net.zero_grad(set_to_none=True)
+            where.sync()
+
+        def ours():
+            collect(net, band, rows, 0, where, examples)
+            where.sync()
+
+        a, b = turns(ours, full)
+        row("influence: Qwen2-0.5B's shape, layers 15-17, against all gradients", f"{a / b:.2f}",
+            f"at most 0.65; FLOPs {flops(ours) / flops(full):.2f}")
+
+
+def noise(examples: int, tokens: int, vocabulary: int) -> list[dict]:
+    "Examples of random tokens, all of them labelled."
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (examples, tokens), generator=generator).tolist()
+    return [dict(input_ids=i, labels=i) for i in ids]
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    "Of the power law that fits best: 1 is linear."
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def bench_slopes(where) -> None:
+    "How the cost of influence grows, each size against the others in turn."
+    net = load_model(MODEL, where)
+    layers = lambda n: maskable(net, range(10, 10 + n))
+
+    def cost(band, rows, batch_size=4):
+        collect(net, band, rows, 0, where, batch_size)
+        where.sync()
+
+    three, short = layers(3), noise(32, 128, 49_152)
+    sizes = [128, 256, 512, 1024]
+    rows = [noise(4, n, 49_152) for n in sizes]
+    times = turns(*(lambda r=r: cost(three, r) for r in rows))
+    counted = exponent(sizes, [flops(lambda r=r: cost(three, r)) for r in rows])
+    row("influence: exponent of the cost, examples of 128 to 1024 tokens", f"{exponent(sizes, times):.2f}",
+        f"1 is linear; FLOPs {counted:.2f}: attention")
+    sizes = [4, 8, 16, 32]
+    times = turns(*(lambda n=n: cost(three, short[:n]) for n in sizes))
+    row("influence: exponent of the cost, 4 to 32 examples", f"{exponent(sizes, times):.2f}", "1 is linear")
+    sizes, [first] = [2, 4, 8, 16], [{n: w} for n, w in layers(1).items() if n.endswith("k_proj.weight")]
+    whole = noise(16, 512, 49_152)
+    none, *times = turns(*(lambda b=b: cost(b, whole, 16) for b in [first, *map(layers, sizes)]))
+    row("influence: exponent of what a band adds, 2 to 16 layers", f"{exponent(sizes, [t - none for t in times]):.2f}",
+        "1 is linear")
+    sizes = [2**20, 2**22, 2**24, 2**26]
+    scores = torch.randn(sizes[-1], generator=torch.Generator().manual_seed(0)).to(where.device)
+
+    def select(n):
+        top_k(scores[:n], n // 20)
+        where.sync()
+
+    row("mask: exponent of the cost of selection, 1 to 67 million scores",
+        f"{exponent(sizes, turns(*(lambda n=n: select(n) for n in sizes))):.2f}", "1 is linear")
 
 
 def bench_learning(where, tokenizer) -> None:
@@ -222,14 +304,15 @@ def bench_masks() -> None:
     row("mask: bits per weight in a file (the published format: 32)", f"{8 * size / mask.numel():.2f}", "limit 1")
 
 
-def bench_selection(n: int = 45_088_768) -> None:
+def bench_selection(where, n: int = 45_088_768) -> None:
     "The k highest of as many scores as LLaMA-2-7B's largest matrix has: a sort, torch's topk and kthvalue, and ours."
-    scores = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(where.device)
     k = n // 20
-    ours, kth, topk, sort = turns(
+    finished = lambda action: lambda: (action(), where.sync())
+    ours, kth, topk, sort = turns(*map(finished, (
         lambda: top_k(scores, k), lambda: scores.kthvalue(n - k + 1),
-        lambda: torch.topk(scores, k, sorted=False), lambda: scores.sort())
-    row("mask: seconds of a full sort, against top_k, 45M scores", f"{sort / ours:.1f}", "at least 5")
+        lambda: torch.topk(scores, k, sorted=False), lambda: scores.sort())))
+    row("mask: seconds of a full sort, against top_k, 45M scores", f"{sort / ours:.1f}", "at least 5, on a GPU 8")
     row("mask: seconds of kthvalue (threshold only), against top_k", f"{kth / ours:.1f}", "more is better")
     row("mask: seconds of torch.topk (ties unordered), against top_k", f"{topk / ours:.1f}", "more is better")
 
@@ -264,9 +347,11 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(MODEL)
     bench_start(where)
     bench_masks()
-    bench_selection()
+    bench_selection(where)
     bench_networks()
     bench_training(where, tokenizer)
     bench_scores(where, tokenizer)
+    bench_width(where)
+    bench_slopes(where)
     bench_learning(where, tokenizer)
     bench_generation(tokenizer)

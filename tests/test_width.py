@@ -50,7 +50,7 @@ def test_the_stages_at_the_width_of_qwen2(large, monkeypatch, smoke_defaults):
             stage.finish()
     given = smoke_defaults | SMALL | dict(
         study="wide", seed=0, model=str(checkpoint), band="20-23 of 32", keep=KEEP, methods=["sci"], scan_examples=0,
-        mask_epochs=1, problems=1, max_new_tokens=4, checkpoint_every=10**6, validate_every=10**6)
+        problems=1, max_new_tokens=4, checkpoint_every=10**6, validate_every=10**6)
 
     def run(module, function, out, **more):
         wanted = inspect.signature(getattr(import_module(f"mft_nb.{module}"), function)).parameters
@@ -69,7 +69,7 @@ def test_the_stages_at_the_width_of_qwen2(large, monkeypatch, smoke_defaults):
         scores, off = w.float().sign() * gradient[n], mask.masked[n]
         assert int(off.count_nonzero()) == budget(w.numel(), KEEP) and scores[off].min() >= scores[~off].max() > 0
     made = run("learn_mask", "learn_mask", "learn_mask/mft-seed0", learner="mft")
-    assert made["metrics"]["masked"] == 2_236_413 and made["metrics"]["flipped"] > 0 and made["metrics"]["steps"] == 1
+    assert made["metrics"]["masked"] == 2_236_413 and made["metrics"]["flipped"] > 0
     run("apply_mask", "publish", "apply_mask/sci-seed0", variant="sci")
     published = home / "apply_mask/sci-seed0/checkpoint"
     for path in checkpoint.glob("*.safetensors"):
