@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Device', 'spread', 'fast_dtype', 'available', 'pick_device', 'inference']
 
-# %% ../nbs/01_device.ipynb #a0e314b8
+# %% ../nbs/01_device.ipynb #556f4178
 import contextlib
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from torch import nn
 
 from .study import peak_memory_gb, settings
 
-# %% ../nbs/01_device.ipynb #ef3b1a7f
+# %% ../nbs/01_device.ipynb #39c5d811
 @dataclass(frozen=True)
 class Device:
     "A device, the dtype of the weights on it, and the reason for that dtype."
@@ -69,6 +69,12 @@ class Device:
         if self.chips > 1: _xla().mark(t, _xla().mesh, (None,) * t.ndim)
         return t
 
+    def gathered(self, mine) -> list:
+        "Any value of every process, by rank."
+        if self.world == 1: return [mine]
+        torch.distributed.all_gather_object(every := [None] * self.world, mine)
+        return every
+
     @contextlib.contextmanager
     def step(self):
         "What happens inside is one unit of work: XLA compiles it to one graph and starts it. Elsewhere: nothing."
@@ -101,10 +107,11 @@ class Device:
     def __str__(self):
         name = torch.cuda.get_device_name() if self.kind == "cuda" else self.kind
         if self.kind == "xla": name = f"xla ({_xla().hardware} x {self.chips})"
-        if self.world > 1: name = f"{self.world} processes on {name}"
+        sharing = " that share weights" if "FSDP_VERSION" in os.environ else ""
+        if self.world > 1: name = f"{self.world} processes{sharing} on {name}"
         return f"{name}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
-# %% ../nbs/01_device.ipynb #cc1eccf7
+# %% ../nbs/01_device.ipynb #f9142ce0
 @cache
 def _xla():
     "torch_xla in SPMD mode with a compilation cache: device, chips, mesh and the few calls that are needed."
@@ -130,7 +137,7 @@ def _over_chips(t: torch.Tensor) -> None:
     "Lay the first dimension over the chips."
     _xla().mark(t, _xla().mesh, ("fsdp", *[None] * (t.ndim - 1)))
 
-# %% ../nbs/01_device.ipynb #6036b2b0
+# %% ../nbs/01_device.ipynb #c5b150bd
 def spread(
     what: nn.Module | torch.Tensor,  # a model, or scores and sums that belong to its weights
 ) -> nn.Module | torch.Tensor:
@@ -152,7 +159,7 @@ def spread(
 def _lay_output(module, args, output):
     _over_chips(output if isinstance(output, torch.Tensor) else output[0])
 
-# %% ../nbs/01_device.ipynb #e1edd3b5
+# %% ../nbs/01_device.ipynb #72692833
 def fast_dtype(kind: str) -> tuple[torch.dtype, str]:
     "The faster of float32 and bfloat16 on a kind of device, and why."
     if kind == "cpu":
@@ -170,7 +177,7 @@ def _xla_dtype() -> tuple[torch.dtype, str]:
     if _xla().hardware == "TPU": return torch.bfloat16, "the TPU's matrix units take bfloat16"
     return torch.float32, f"XLA runs on {_xla().hardware}"
 
-# %% ../nbs/01_device.ipynb #4202d2f8
+# %% ../nbs/01_device.ipynb #d4426159
 def available() -> list[str]:
     "Kinds of device on this machine, the fastest first."
     found = []
@@ -193,14 +200,15 @@ def pick_device(
     if dtype != "auto": chosen, why = getattr(torch, dtype), "asked for in the settings"
     return Device(kind, chosen, why)
 
-# %% ../nbs/01_device.ipynb #a694e961
+# %% ../nbs/01_device.ipynb #ec02e28f
 @contextlib.contextmanager
 def inference(model):
     "Evaluate without gradients and dropout, then restore the model's mode."
     mode = model.training
     model.eval()
     try:
-        # XLA's tensors count versions, which those of inference mode have not
-        with torch.no_grad() if next(model.parameters(), torch.empty(0)).is_xla else torch.inference_mode(): yield model
+        # XLA's tensors, and weights shared out over processes, count versions, which those of inference mode have not
+        first = next(model.parameters(), torch.empty(0))
+        with torch.no_grad() if first.is_xla or hasattr(first, "device_mesh") else torch.inference_mode(): yield model
     finally:
         model.train(mode)

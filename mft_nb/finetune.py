@@ -8,7 +8,7 @@ __all__ = ['ADAPTERS', 'MASKED', 'RECIPES', 'Recipe', 'Recipes', 'Dropout', 'Abl
            'mean_weights', 'interpolate', 'check', 'check_masked', 'finetune', 'run', 'full', 'mask_neurons', 'lora',
            'qlora', 'continued', 'wise', 'train', 'validation_loss', 'save']
 
-# %% ../nbs/20_finetune.ipynb #23ff9e8a
+# %% ../nbs/20_finetune.ipynb #1f7c41c8
 import os
 import shutil
 import time
@@ -26,18 +26,20 @@ from transformers import TrainerCallback
 from .chat import as_seen, encode_rows
 from .device import inference, pick_device
 from .loss import evaluate_losses
+from .launch import launched
 from .model import (ModelName, Template, check_model, layers_of, load_config, load_four_bit, load_model,
                           load_tokenizer, maskable, n_layers, n_weights, resolve_band)
 from .neurons import Held, NeuronMask, install, load_neurons, save_beside
 from .push import HubName, check_push, push_folder
+from .shards import fill, hollow, sharded
 from .sites import capture, down_projections, intermediate_size
 from .study import (Count, NonNegative, OptionalFile, Positive, Seed, Share, StudyName, checked, finished,
                           no_repeats, open_stage, project_root, read_json, read_jsonl, seed_everything, settings,
                           sha256, write_jsonl)
-from .train import (Best, differences, last_checkpoint, load_trained, make_trainer, save_trained, tracker,
-                          trained, training_order)
+from .train import (Best, differences, last_checkpoint, load_trained, make_trainer, save_checkpoint, save_trained,
+                          tracker, trained, training_order)
 
-# %% ../nbs/20_finetune.ipynb #4cf7a7f0
+# %% ../nbs/20_finetune.ipynb #8cf38288
 class How(NamedTuple):
     "One way of fine-tuning."
     what: str
@@ -81,7 +83,7 @@ def checkpoint_of(study: str, recipe: str, seed: int) -> Path:
     home, name = ("continued", "average") if recipe == "average" else (recipe, "checkpoint")
     return finished(study, f"finetune/{home}-seed{seed}") / name
 
-# %% ../nbs/20_finetune.ipynb #25cac148
+# %% ../nbs/20_finetune.ipynb #f1e86896
 def add_adapters(
     net: nn.Module,  # changed in place: adapters beside all projection matrices of all blocks, all else frozen
     rank: int,
@@ -102,7 +104,7 @@ def merge_adapters(adapted) -> nn.Module:
     net.__dict__.pop("peft_config", None)  # peft leaves it behind
     return net.requires_grad_(True)
 
-# %% ../nbs/20_finetune.ipynb #3cf207e3
+# %% ../nbs/20_finetune.ipynb #ddc48720
 class Hold(TrainerCallback):
     "Put back what masked neurons hold after each step of the optimizer."
     def __init__(self, held: Held): self.held = held
@@ -144,7 +146,7 @@ def mean_inputs(
             n += int(counts.sum())
     return {layer: s / n for layer, s in sums.items()}
 
-# %% ../nbs/20_finetune.ipynb #02c9f753
+# %% ../nbs/20_finetune.ipynb #85b0a8bb
 class Snapshots(TrainerCallback):
     "Write what is trained at each validation, whole or not at all."
     def __init__(self, net: nn.Module, folder: Path):
@@ -154,9 +156,7 @@ class Snapshots(TrainerCallback):
     def path(self, step: int) -> Path: return self.folder / f"{step}.safetensors"
 
     def on_evaluate(self, args, state, control, **kw):
-        part = self.folder / "part"
-        save_trained(self.net, part)
-        os.replace(part, self.path(state.global_step))
+        save_trained(self.net, self.path(state.global_step))
 
 def mean_weights(
     paths: list[Path],  # snapshots with the same names
@@ -167,7 +167,7 @@ def mean_weights(
     mean = lambda tensors: (sum(t.double() for t in tensors) / len(files)).to(tensors[0].dtype)
     save_file({n: mean([f.get_tensor(n) for f in files]) for n in files[0].keys()}, target)
 
-# %% ../nbs/20_finetune.ipynb #1d902bbf
+# %% ../nbs/20_finetune.ipynb #e4681593
 @torch.no_grad()
 def interpolate(
     base: nn.Module,
@@ -178,7 +178,7 @@ def interpolate(
     for a, b in zip(base.parameters(), tuned.parameters(), strict=True):
         b.copy_(torch.lerp(a.float(), b.float(), alpha))
 
-# %% ../nbs/20_finetune.ipynb #3c7184ae
+# %% ../nbs/20_finetune.ipynb #f0094b60
 def check(params: dict) -> None:
     "Raises ValueError for a model, recipes, masks, packages or a disk with which the study would fail later."
     check_model(params)
@@ -215,6 +215,7 @@ def check_masked(params: dict) -> None:
     if params["push"] and params["ablation"] == "mean":
         raise ValueError("push: found ablation: mean, which no ordinary checkpoint can hold; allowed is zero")
 
+@launched("finetune")
 @checked
 def finetune(
     study: StudyName, model: ModelName, template: Template, recipe: Recipe, seed: Seed, epochs: Count,
@@ -236,7 +237,7 @@ def finetune(
     if how.neurons and neuron_mask: identity["neuron_mask"] = sha256(project_root() / neuron_mask)
     with open_stage(f"finetune/{recipe}-seed{seed}", study, identity, inputs) as stage:
         if not stage.done: run(stage, p, where, inputs[0], *(start or [None]), *(networks or [None]))
-    if push: push_folder(stage.path / "checkpoint", f"{push}-{recipe}-seed{seed}", model)
+    if push and "RANK" not in os.environ: push_folder(stage.path / "checkpoint", f"{push}-{recipe}-seed{seed}", model)
     return stage.path
 
 def run(stage, p, where, data: Path, start: Path | None, networks: Path | None) -> None:
@@ -250,7 +251,10 @@ def run(stage, p, where, data: Path, start: Path | None, networks: Path | None) 
     for part in ("train", "validation"):
         chats[part], too_long = encode_rows(tokenizer, read_jsonl(data / f"{part}.jsonl"), p.max_tokens)
         if part == "train": metrics = dict(too_long=too_long)
-    given = SimpleNamespace(where=where, folder=stage.work, tokenizer=tokenizer, masked=None, **chats)
+    if sharded() and RECIPES[p.recipe].neurons:
+        raise ValueError(f"recipe: found {p.recipe!r}, whose masked neurons are held still in whole weights; launch "
+                         "without --use_fsdp")
+    given = SimpleNamespace(where=where, stage=stage, folder=stage.work, tokenizer=tokenizer, masked=None, **chats)
     if RECIPES[p.recipe].neurons: metrics |= mask_neurons(net, p, given, networks)
     kind = getattr(p, "masked_training", p.recipe)
     follow = dict(lora=lora, qlora=qlora, wise=wise, continued=continued).get(kind, full)
@@ -258,11 +262,11 @@ def run(stage, p, where, data: Path, start: Path | None, networks: Path | None) 
     write_jsonl(stage.work / "log.jsonl", log)
     stage.finish(metrics | more, drop="training")
 
-# %% ../nbs/20_finetune.ipynb #ceba218e
+# %% ../nbs/20_finetune.ipynb #7d27d0cd
 def full(net, p, given) -> tuple[list[dict], dict]:
     "All weights, with or without weight decay."
     if p.recipe == "decay": p.weight_decay = p.decay
-    log, metrics = train(net, p, given)
+    net, log, metrics = train(net, p, given)
     save(net, given, "checkpoint")
     return log, metrics
 
@@ -279,8 +283,8 @@ def lora(net, p, given) -> tuple[list[dict], dict]:
     "Adapters, with a learning rate of their own."
     p.learning_rate = p.lora_learning_rate
     adapted = add_adapters(net, p.lora_rank, p.lora_alpha, p.lora_dropout)
-    log, metrics = train(net, p, given)
-    save(merge_adapters(adapted), given, "checkpoint")
+    adapted.model, log, metrics = train(net, p, given)
+    save(net := merge_adapters(adapted), given, "checkpoint")
     return log, metrics | dict(eval_loss=validation_loss(net, given))  # merging rounds to the weights' dtype
 
 def qlora(net, p, given) -> tuple[list[dict], dict]:
@@ -290,7 +294,7 @@ def qlora(net, p, given) -> tuple[list[dict], dict]:
     rounded._hf_peft_config_loaded = True  # the Trainer asks whether adapters are there
     if given.masked: install(rounded, *given.masked)
     add_adapters(rounded, p.lora_rank, p.lora_alpha, p.lora_dropout)
-    log, metrics = train(rounded, p, given)
+    rounded, log, metrics = train(rounded, p, given)
     save_trained(rounded, file)
     adapted = add_adapters(net, p.lora_rank, p.lora_alpha, p.lora_dropout)
     load_trained(net, file)
@@ -300,7 +304,7 @@ def qlora(net, p, given) -> tuple[list[dict], dict]:
 def continued(net, p, given) -> tuple[list[dict], dict]:
     "On from the weights of fft: the best snapshot, and the mean of all."
     snapshots = Snapshots(net, given.folder / "training" / "snapshots")
-    log, metrics = train(net, p, given, [snapshots])
+    net, log, metrics = train(net, p, given, [snapshots])
     losses = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
     best = min(losses, key=losses.get)
     load_trained(net, snapshots.path(best))
@@ -315,6 +319,7 @@ def continued(net, p, given) -> tuple[list[dict], dict]:
 
 def wise(net, p, given) -> tuple[list[dict], dict]:
     "Between the base model and fft."
+    given.stage.alone()
     begun = time.perf_counter()
     interpolate(load_model(p.model, given.where), net, p.wise_alpha)
     save(net, given, "checkpoint")
@@ -323,23 +328,27 @@ def wise(net, p, given) -> tuple[list[dict], dict]:
     return [dict(step=0, tokens=0, seconds=0., eval_loss=loss)], \
         none | dict(training_seconds=round(time.perf_counter() - begun, 1), eval_loss=loss)
 
-def train(net, p, given, callbacks=()) -> tuple[list[dict], dict]:
-    "Train what has `requires_grad`, or go on with it after a kill."
+def train(net, p, given, callbacks=()) -> tuple[nn.Module, list[dict], dict]:
+    """Train what has `requires_grad`, or go on with it after a kill. Returns the model, whole; of several processes
+    only the first one comes back."""
     order = training_order([len(e["input_ids"]) for e in given.train], p.epochs, p.batch_size * p.accumulate, p.seed)
     held = Held(net, given.masked[0]) if given.masked else None
     best = Best(net, given.folder / "training" / "best.safetensors") if getattr(p, "choose", "") == "best" else None
+    empty = hollow(net) if sharded() else None
     callbacks = [*callbacks, *([Hold(held)] if held else []), *([best] if best else [])]
     trainer = make_trainer(net, [given.train[i] for i in order], given.validation, given.tokenizer.pad_token_id,
                            given.where, given.folder / "training", p, f"finetune {p.recipe} seed {p.seed}",
                            callbacks=callbacks)
     before = last_checkpoint(given.folder / "training")
     trainer.train(resume_from_checkpoint=before)
-    log, metrics = trainer.rows, {}
+    log, metrics, steps = trainer.rows, {}, trainer.state.global_step
+    if sharded(): net, trainer = fill(empty, net, given.where), None
+    given.stage.alone()
     if held: held.restore()
     if best:
         metrics = dict(zip(("best_step", "eval_loss"), best.found, strict=True))
         load_trained(net, best.path)
-    return log, dict(examples=len(given.train), tokens=log[-1]["tokens"], steps=trainer.state.global_step,
+    return net, log, dict(examples=len(given.train), tokens=log[-1]["tokens"], steps=steps,
                      trained=sum(w.numel() for w in trained(net).values()), resumed=before is not None,
                      training_seconds=log[-1]["seconds"], eval_loss=log[-1]["eval_loss"]) | metrics
 
@@ -354,6 +363,6 @@ def save(net, given, name: str) -> None:
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if given.tokenizer.eos_token_id not in ends:
         net.generation_config.eos_token_id = [*ends, given.tokenizer.eos_token_id]
-    net.save_pretrained(given.folder / name)
+    save_checkpoint(net, given.folder / name)
     given.tokenizer.save_pretrained(given.folder / name)
     if given.masked: save_beside(given.masked[0], given.folder / name, given.masked[1])

@@ -6,7 +6,7 @@
 __all__ = ['LEARNERS', 'LearnerName', 'Learners', 'SPREAD', 'LEFT', 'RIGHT', 'HEAT', 'StraightThrough', 'Gate', 'Learner',
            'initial_scores', 'half_normal', 'Masking', 'zeroed_by', 'hard_concrete', 'MatrixAdam']
 
-# %% ../nbs/29_gates.ipynb #d612b6b2
+# %% ../nbs/29_gates.ipynb #02321305
 import hashlib
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .mask import budget, top_k, top_k_each
 from .shards import whole
 from .study import no_repeats
 
-# %% ../nbs/29_gates.ipynb #f6ddcedb
+# %% ../nbs/29_gates.ipynb #be384033
 class StraightThrough(torch.autograd.Function):
     "The masked weight forward; backward the gradient of the scores, and of the weight where it is trained too."
     @staticmethod
@@ -63,7 +63,7 @@ class Gate(nn.Module):
         "Gradient of the scores from W * dL/d(WM), which it may overwrite."
         return self.masking.of.slope(self, scores, gradient)
 
-# %% ../nbs/29_gates.ipynb #6efee555
+# %% ../nbs/29_gates.ipynb #b089acb0
 @dataclass(frozen=True)
 class Learner:
     "How a mask is learned. Adding one is adding an entry."
@@ -102,7 +102,7 @@ LEARNERS = {
 LearnerName = Literal[tuple(LEARNERS)]
 Learners = Annotated[list[LearnerName], AfterValidator(no_repeats)]
 
-# %% ../nbs/29_gates.ipynb #564d09d1
+# %% ../nbs/29_gates.ipynb #b3b6cf4a
 SPREAD = .02  # of the published start
 
 def initial_scores(
@@ -130,7 +130,7 @@ def half_normal(harm: torch.Tensor) -> torch.Tensor:
     values = SPREAD * math.sqrt(2) * torch.erfinv((torch.arange(n, dtype=torch.float64) + .5) / n)
     return torch.empty(n).index_copy_(0, order, values.float()).view(harm.shape)
 
-# %% ../nbs/29_gates.ipynb #49d7681a
+# %% ../nbs/29_gates.ipynb #5a46e057
 LEFT, RIGHT, HEAT = -.1, 1.1, 2 / 3  # stretch and temperature of hard concrete gates
 
 class Masking:
@@ -153,6 +153,7 @@ class Masking:
         self.modules = {n: net.get_submodule(n.removesuffix(".weight")) for n in scores}
         self.gates = {n: Gate(n, spread(s.to(m.weight.device)), self) for (n, s), m in
                       zip(scores.items(), self.modules.values(), strict=True)}
+        self.held = self.scores, {n: m.weight for n, m in self.modules.items()}
         for name, module in self.modules.items():
             module.weight.requires_grad_(learner.weights)
             parametrize.register_parametrization(module, "weight", self.gates[name])
@@ -162,7 +163,7 @@ class Masking:
         self.settle()
 
     def settle(self) -> None:
-        "Take note of what is held: in a forward pass a gate sees only copies of weights and scores that are shared out."
+        "Take note of what is held: of scores and weights that are shared out a forward pass sees copies."
         self.held = self.scores, self.weights
 
     def gather(self) -> None:
@@ -221,7 +222,7 @@ class Masking:
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
         return torch.rand(gate.scores.shape, generator=generator, device=device).to(gate.scores.device)
 
-# %% ../nbs/29_gates.ipynb #e161e788
+# %% ../nbs/29_gates.ipynb #b85c3461
 def zeroed_by(
     learner: Learner,
     scores: dict[str, torch.Tensor],  # of all matrices between which the learner chooses
@@ -244,7 +245,7 @@ def hard_concrete(scores: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, 
     inside = (stretched > 0) & (stretched < 1)
     return stretched.clamp(0, 1), inside * x * (1 - x) * (RIGHT - LEFT) / HEAT
 
-# %% ../nbs/29_gates.ipynb #4331778e
+# %% ../nbs/29_gates.ipynb #bd9e2315
 class MatrixAdam(torch.optim.Optimizer):
     "Adam with one second moment per matrix."
     def __init__(self, params, lr: float, betas: tuple[float, float] = (.9, .999), eps: float = 1e-12):

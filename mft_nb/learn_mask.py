@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'reach', 'could_flip', 'packed', 'ones', 'MaskPath', 'check', 'learn_mask', 'train_scores', 'gradient_of',
            'optimizer_of', 'extra_bytes', 'save_results']
 
-# %% ../nbs/31_learn_mask.ipynb #0d9a1487
+# %% ../nbs/31_learn_mask.ipynb #8b1698cd
 import math
 import os
 import time
@@ -26,15 +26,17 @@ from .device import pick_device
 from .finetune import checkpoint_of
 from .gates import (LEARNERS, SPREAD, Learner, LearnerName, Learners, Masking, MatrixAdam, initial_scores,
                           zeroed_by)
+from .launch import launched
 from .loss import evaluate_losses
 from .mask import Mask, budget, save_mask
 from .model import Band, ModelName, check_model, load_model, load_tokenizer, maskable, resolve_band
 from .scores import whole_gradient
+from .shards import shard
 from .study import (Count, NonNegative, Positive, Seed, Share, StudyName, checked, finished, open_stage,
-                          read_jsonl, seed_everything, write_jsonl)
+                          rank, read_jsonl, seed_everything, write_jsonl)
 from .train import MasterAdamW, last_checkpoint, make_trainer, training_order
 
-# %% ../nbs/31_learn_mask.ipynb #1f374e82
+# %% ../nbs/31_learn_mask.ipynb #19959132
 def reach(learning_rate: float, warmup: float, steps: int) -> float:
     "How far a score can move: the sum of the learning rates of a linear schedule with warm-up."
     rising = math.ceil(warmup * steps) if warmup < 1 else int(warmup)  # as transformers reads `warmup_steps`
@@ -59,7 +61,7 @@ def could_flip(
         n += sum(int(((strength[k] - middle).abs() <= distance).sum()) for k in names)
     return n / sum(s.numel() for s in scores.values())
 
-# %% ../nbs/31_learn_mask.ipynb #ea6b89d7
+# %% ../nbs/31_learn_mask.ipynb #613cd470
 LOOKS = "step", "tokens", "masked", "overlap", "jaccard", "flipped", "ever"  # columns of path.csv
 
 def packed(zeroed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -100,16 +102,18 @@ class MaskPath(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         self.row = self.look() if control.should_evaluate else None
         if not control.should_save: return
+        if rank(): return
         path = self.folder / f"ever-{state.global_step}"  # before the checkpoint, so that there is none without it
         save_file({n: torch.from_numpy(b) for n, b in self.ever.items()}, path)
         os.replace(path, path.with_suffix(".safetensors"))
         for old in sorted(self.folder.glob("ever-*"), key=lambda p: p.stat().st_mtime_ns)[:-2]: old.unlink()
 
-# %% ../nbs/31_learn_mask.ipynb #4fae1be9
+# %% ../nbs/31_learn_mask.ipynb #e69724f1
 def check(params: dict) -> None:
     "Raises ValueError when the model does not exist or the band lies outside it."
     check_model(params)
 
+@launched("learn_mask")
 @checked
 def learn_mask(
     study: StudyName, model: ModelName, band: Band, seed: Seed, keep: Share, learner: LearnerName,
@@ -137,14 +141,16 @@ def learn_mask(
         masking = Masking(net, rule, scores, keep, seed, mask_l1, accumulate)
         examples = [encode_rows(tokenizer, read_jsonl(data / f"{n}.jsonl"), max_tokens)[0]
                     for n in ("train", "validation")]
-        facts = train_scores(masking, *examples, tokenizer.pad_token_id, stage.work, p)
+        facts = train_scores(masking, *examples, tokenizer.pad_token_id, stage, p)
         about = dict(method=learner, study=study, model=model, seed=seed, band=f"{layers[0]}-{layers[-1]}", keep=keep,
                      mode="zero", asked=sum(budget(w.numel(), keep) for w in weights.values()))
         return stage.finish(facts | save_results(masking, stage.work, about) | dict(layers=n_layers), drop="training")
 
-# %% ../nbs/31_learn_mask.ipynb #a901a23a
-def train_scores(masking: Masking, examples: list, validation: list, pad_id: int, folder: Path, p) -> dict:
-    "Train the scores (and weights) with the loss, data and order of fine-tuning; writes log.jsonl and path.csv."
+# %% ../nbs/31_learn_mask.ipynb #6127e555
+def train_scores(masking: Masking, examples: list, validation: list, pad_id: int, stage, p) -> dict:
+    """Train the scores (and weights) with the loss, data and order of fine-tuning; writes log.jsonl and path.csv. Of
+    several processes only the first one comes back."""
+    folder = stage.work
     path = MaskPath(masking, folder / "training")
     if not p.rule.trains:
         losses = evaluate_losses(masking.net, validation, pad_id, p.where)
@@ -156,7 +162,10 @@ def train_scores(masking: Masking, examples: list, validation: list, pad_id: int
         lengths = [len(e["input_ids"]) for e in examples]
         order = training_order(lengths, p.mask_epochs, p.batch_size * p.accumulate, p.seed)
         distance = reach(p.mask_learning_rate, p.warmup, -(-len(order) // (p.batch_size * p.accumulate)))
-        flips, optimizer = could_flip(p.rule, masking.scores, p.keep, distance), optimizer_of(masking, p)
+        flips = could_flip(p.rule, masking.scores, p.keep, distance)
+        shard(masking.net, p.where)
+        masking.settle()
+        optimizer = optimizer_of(masking, p)
         trainer = make_trainer(masking.net, [examples[i] for i in order], validation, pad_id, p.where,
                                folder / "training", p, f"{p.learner} seed {p.seed}", optimizer, [path])
         before, begun = last_checkpoint(folder / "training"), time.time()
@@ -165,6 +174,8 @@ def train_scores(masking: Masking, examples: list, validation: list, pad_id: int
         facts = dict(examples=len(examples), steps=trainer.state.global_step, tokens=sum(lengths[i] for i in order),
                      training_seconds=round(time.time() - begun, 1), resumed=before is not None,
                      could_flip=flips, extra_bytes=extra_bytes(masking, optimizer))
+    masking.gather()
+    stage.alone()
     write_jsonl(folder / "log.jsonl", log)
     looks = pd.DataFrame([{k: r[k] for k in LOOKS} for r in log if "overlap" in r])
     looks.to_csv(folder / "path.csv", index=False)
@@ -196,6 +207,6 @@ def save_results(masking: Masking, folder: Path, about: dict) -> dict:
     mask = Mask(masking.zeroed(), dict(about, what=masking.learner.what))
     save_mask(mask, folder / "mask.safetensors")
     if masking.learner.weights:
-        new = {n: w.detach().cpu().contiguous() for n, w in masking.weights.items()}
+        new = {n: w.detach().cpu().contiguous() for n, w in masking.held[1].items()}
         save_file(new, folder / "update.safetensors")
     return dict(masked=mask.count(), asked=about["asked"], band=about["band"], band_weights=mask.numel())

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Weights', 'lengths_and_products', 'principal_mixes', 'filter_normalised', 'directions', 'inner', 'place', 'move',
-           'spread', 'band_of', 'only_band', 'check', 'surface', 'mover']
+           'grid', 'band_of', 'only_band', 'check', 'surface', 'mover']
 
-# %% ../nbs/41_surface.ipynb #81afa317
+# %% ../nbs/41_surface.ipynb #6be45ce9
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from .apply_mask import Variant, changed_weights, load_variant, variant_of, variants_of
 from .chat import encode_rows
-from .device import pick_device
+from .device import pick_device, spread
 from .finetune import Recipes
-from .influence import evenly
+from .influence import band_losses, evenly
 from .learn_mask import Learners
 from .loss import evaluate_losses
 from .mask import Mask, load_mask, stored_transposed
@@ -27,9 +27,9 @@ from .model import (Band, ModelName, check_model, load_model, load_tokenizer, ma
 from .scores import Methods
 from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, open_stage, progress, read_jsonl,
                           seed_everything)
-from .sweep import band_losses, row_by_row
+from .sweep import row_by_row
 
-# %% ../nbs/41_surface.ipynb #1762bd18
+# %% ../nbs/41_surface.ipynb #16a9cf06
 Weights = dict[str, torch.Tensor]  # matrices of the band by name, float32 on the CPU
 
 def lengths_and_products(start: Weights, others: list[Weights]) -> np.ndarray:
@@ -52,7 +52,7 @@ def principal_mixes(products: np.ndarray) -> np.ndarray:
         if values[at] > 1e-9: mixes[row] = v * scale
     return mixes
 
-# %% ../nbs/41_surface.ipynb #d83e8b90
+# %% ../nbs/41_surface.ipynb #4a609dcb
 def filter_normalised(direction: torch.Tensor, w: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     "The direction with each output row as long as the row of the weights; rows that do not move stay at rest."
     axis = 0 if transposed else 1
@@ -75,7 +75,7 @@ def directions(
             direction[name] = filter_normalised(d, w, name in transposed)
     return found
 
-# %% ../nbs/41_surface.ipynb #b3fd0e2d
+# %% ../nbs/41_surface.ipynb #98818628
 def inner(a: Weights, b: Weights) -> float:
     "Inner product over all matrices, in float64."
     return sum((a[n].double() * b[n].double()).sum().item() for n in a)
@@ -91,22 +91,22 @@ def place(start: Weights, other: Weights, axes: tuple[Weights, Weights]) -> dict
     return dict(x=at[0], y=at[1], inside=min(at @ along / squared, 1.) if squared else 1.,
                 distance=(squared / inner(start, start)) ** .5)
 
-# %% ../nbs/41_surface.ipynb #3d39c549
+# %% ../nbs/41_surface.ipynb #850b6b05
 def move(weights: dict[str, torch.nn.Parameter], start: Weights, axes: tuple[Weights, ...] = (), at=()) -> None:
     "Set the weights of a model to a point of the plane; without axes, to the start."
     with torch.no_grad():
         for n, w in weights.items():
             new = start[n]
-            for a, x in zip(axes, at, strict=True): new = new + x * a[n]
+            for a, x in zip(axes, at, strict=True): new = new + a[n].new_tensor(x) * a[n]  # a number is compiled in
             w.copy_(new)
 
-def spread(values: list[float], points: int) -> np.ndarray:
+def grid(values: list[float], points: int) -> np.ndarray:
     "Coordinates of a grid that holds all values and the origin, with a quarter of the range on each side."
     low, high = min(0., *values), max(0., *values)
     margin = (high - low) / 4 or .1
     return np.linspace(low - margin, high + margin, points)
 
-# %% ../nbs/41_surface.ipynb #1d862e07
+# %% ../nbs/41_surface.ipynb #9aeb35db
 def band_of(variant: Variant, names: list[str], model: str) -> Weights:
     "The band's matrices of a variant, float32, without loading its model where that can be avoided."
     found = weights_of(model if variant.checkpoint is None else str(variant.checkpoint), names, torch.float32)
@@ -121,7 +121,7 @@ def only_band(variant: Variant, checkpoint: Path, names) -> bool:
     if variant.checkpoint is None or variant.checkpoint != checkpoint: return False
     return not variant.mask or set(load_mask(variant.mask).masked) <= set(names)
 
-# %% ../nbs/41_surface.ipynb #0b0b9525
+# %% ../nbs/41_surface.ipynb #e570c435
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or the grid has one point."
     check_model(params)
@@ -164,11 +164,11 @@ def surface(
             other = load_variant(variants[variant], model, where, torch.float32)
             return float(np.mean(evaluate_losses(other, examples, pad_id, where)))
 
-        on = lambda w: {n: t.to(where.device) for n, t in w.items()}
+        on = lambda w: {n: spread(t.to(where.device)) for n, t in w.items()}
         with band_losses(net, layers[0], examples, pad_id, where) as losses:
             losses()  # whole, before anything moves
             at = mover(weights, on(start), tuple(map(on, axes)), losses)
-            xs, ys = (spread([p[k] for p in places.values()], surface_points).tolist() for k in "xy")
+            xs, ys = (grid([p[k] for p in places.values()], surface_points).tolist() for k in "xy")
             row_by_row(stage.work / "places.csv", [dict(variant=n) | p for n, p in places.items()],
                        lambda variant, x, y, **_: dict(projected=at(x, y), loss=own_loss(variant)), "places", "variant")
             row_by_row(stage.work / "surface.csv", [dict(x=x, y=y) for y in ys for x in xs],

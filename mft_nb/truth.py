@@ -7,7 +7,7 @@ __all__ = ['DRAWN', 'SIZES', 'IN_NATS', 'TINY', 'Sample', 'draw_one', 'draw_grou
            'scaled', 'fine_losses', 'measured', 'correlations', 'slopes', 'interval', 'judge', 'judge_all',
            'calibration', 'check', 'truth', 'write_tables']
 
-# %% ../nbs/36_truth.ipynb #ebfac367
+# %% ../nbs/36_truth.ipynb #464f7726
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,17 @@ from scipy.stats import binomtest, rankdata
 from .chat import encode_rows
 from .device import pick_device
 from .finetune import checkpoint_of
-from .influence import evenly
-from .loss import label_losses
+from .influence import band_losses, evenly
+from .loss import label_counts, label_losses
 from .mask import stored_transposed
 from .model import (Band, ModelName, check_model, load_model, load_tokenizer, maskable, resolve_band,
                           weights_of)
 from .scores import METHODS, evidence_of, scores_of
 from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, open_stage, read_jsonl,
                           seed_everything)
-from .sweep import band_losses, row_by_row
+from .sweep import row_by_row
 
-# %% ../nbs/36_truth.ipynb #69f74eaa
+# %% ../nbs/36_truth.ipynb #38a092c5
 @dataclass
 class Sample:
     "Weights of one matrix that are zeroed together."
@@ -81,7 +81,7 @@ def draw_samples(
         found.append(Sample("group", subset, name, draw_group(subset, weights[name].shape, name in transposed, rng)))
     return found
 
-# %% ../nbs/36_truth.ipynb #51bb335b
+# %% ../nbs/36_truth.ipynb #8adc37a1
 IN_NATS = ("taylor", "second-order", "obd")  # scores whose size is a change of loss
 
 def judged(found: dict[str, torch.Tensor]) -> list[str]:
@@ -97,21 +97,22 @@ def predictions(samples: list[Sample], evidence: dict, methods: list[str], seed:
         table[method] = [-scores[s.matrix][s.index].double().sum().item() for s in samples]
     return pd.DataFrame(table)
 
-# %% ../nbs/36_truth.ipynb #1426554f
+# %% ../nbs/36_truth.ipynb #8cb84909
 @contextlib.contextmanager
 def scaled(weight: torch.Tensor, index: torch.Tensor, factor: float = 0.):
     "Some entries of a weight multiplied by a factor inside the block, restored to the bit after it."
-    flat, index = weight.data.view(-1), index.to(weight.device)
-    before = flat[index].clone()
-    flat[index] = before * factor
+    before = weight.detach().clone()
+    changed = before.cpu().clone()  # made on the host: where graphs are compiled, each number of entries would be one
+    changed.view(-1)[index] *= factor
+    weight.data.copy_(changed)
     try: yield
-    finally: flat[index] = before
+    finally: weight.data.copy_(before)
 
 def fine_losses(model, batch: dict[str, torch.Tensor], plain_head: bool) -> torch.Tensor:
     "`example_losses` with the mean over tokens in float64: half of float32's digits would go into the mean itself."
-    losses, rows = (t.cpu() for t in label_losses(model, batch, plain_head))
-    total = torch.zeros(len(batch["labels"]), dtype=torch.float64).index_add(0, rows, losses.double())
-    return total / torch.bincount(rows, minlength=len(total))
+    losses, rows = torch.stack(label_losses(model, batch, plain_head)).cpu().double()  # one look at the device
+    total = torch.zeros(len(batch["labels"]), dtype=torch.float64).index_add(0, rows.long(), losses)
+    return total / label_counts(batch).cpu().clamp(min=1)
 
 TINY = 1e-5  # shrinking by this changes the loss by nothing that could be seen
 
@@ -133,7 +134,7 @@ def measured(weights, samples: list[Sample], losses, parts: dict[str, slice], fo
                        "sample")
     return table, noise
 
-# %% ../nbs/36_truth.ipynb #c5b5d510
+# %% ../nbs/36_truth.ipynb #b7955e0c
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Spearman's rho along the last axis; NaN where one side does not vary."
     a, b = (r - r.mean(-1, keepdims=True) for r in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
@@ -173,7 +174,7 @@ def judge(
     slope = slopes(predicted, found).item() if in_nats else np.nan
     return row | dict(slope=slope, slope_low=ends[0], slope_high=ends[1])
 
-# %% ../nbs/36_truth.ipynb #4368a15e
+# %% ../nbs/36_truth.ipynb #493933ff
 def judge_all(table: pd.DataFrame, methods: list[str], floors: dict[str, float]) -> pd.DataFrame:
     """One row per method, kind (single, group), subset (all, or how it was drawn) and the examples it was measured on.
     `table`: kind, subset, one measured column per key of `floors`, one column `predicted <method>` each."""
@@ -201,7 +202,7 @@ def calibration(table: pd.DataFrame, methods: list[str], parts: list[str], bins:
                      for on in parts for i, c in enumerate(chunks)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/36_truth.ipynb #bc462d70
+# %% ../nbs/36_truth.ipynb #51e00096
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or nothing can be averaged."
     check_model(params)
