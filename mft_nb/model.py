@@ -8,7 +8,7 @@ __all__ = ['CHATML', 'EMBEDDED', 'Template', 'ALPACA', 'PLAIN', 'TEMPLATES', 'Ba
            'load_config', 'load_tokenizer', 'load_model', 'load_four_bit', 'quiet', 'is_encoder', 'weights_of',
            'layers_of', 'band_syntax', 'resolve_band', 'maskable', 'n_layers', 'n_weights', 'check_model']
 
-# %% ../nbs/02_model.ipynb #caeeceee
+# %% ../nbs/02_model.ipynb #43255aed
 import contextlib
 import os
 import re
@@ -32,7 +32,7 @@ from .device import Device, spread
 from .parts import PARTS, part
 from .study import settings
 
-# %% ../nbs/02_model.ipynb #651ffa81
+# %% ../nbs/02_model.ipynb #97605ec5
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
@@ -58,7 +58,7 @@ def tiny_encoder() -> BertConfig:
     return BertConfig(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
                       num_attention_heads=4, max_position_embeddings=512, pad_token_id=0)
 
-# %% ../nbs/02_model.ipynb #3047544d
+# %% ../nbs/02_model.ipynb #07a79c1e
 EMBEDDED = {"smollm2-135m-instruct": dict(layers=30, weights=134_515_008, encoder=False,
                                           origin="weights dequantised from 4-bit GGUF (Q4_1)"),
             "minilm-l6": dict(layers=6, weights=22_713_216, encoder=True,
@@ -96,7 +96,7 @@ def minilm(name: str):
     model.load_state_dict({k: w for k, w in load_file(part(name)).items() if k != "embeddings.position_ids"})
     return model, BertTokenizerFast(str(part(f"{name}-vocabulary")), model_max_length=512)
 
-# %% ../nbs/02_model.ipynb #052f7c8e
+# %% ../nbs/02_model.ipynb #bf9c04ec
 Template = Literal["auto", "chat", "alpaca", "chatml", "plain"]
 ALPACA = ("{% if messages[0]['role'] != 'system' %}{{ 'Below is an instruction that describes a task. Write a response "
           "that appropriately completes the request.' }}{% endif %}{% for m in messages %}"
@@ -144,7 +144,7 @@ def set_template(
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         print(f"{name}: its template ends turns with {tokenizer.eos_token!r}: that is the end token now")
 
-# %% ../nbs/02_model.ipynb #9d3f6f93
+# %% ../nbs/02_model.ipynb #2f264af5
 def source_of(name: str) -> str:
     "What `from_pretrained` should be given for a model name; `tiny` has no source."
     return str(embedded_folder(name)) if name in EMBEDDED else str(name)
@@ -234,7 +234,7 @@ def weights_of(
         found = {n: parameters[n].detach() for n in names}
     return {n: found[n] for n in names}
 
-# %% ../nbs/02_model.ipynb #9e7b185b
+# %% ../nbs/02_model.ipynb #4340b3fd
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     "Name and list of the transformer blocks. Raises ValueError unless exactly one list fits."
     n = model.config.get_text_config().num_hidden_layers
@@ -244,7 +244,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ValueError(f"{type(model).__name__}: expected one list of {n} blocks, found {[f[0] for f in fits]}")
     return fits[0]
 
-# %% ../nbs/02_model.ipynb #5279b56c
+# %% ../nbs/02_model.ipynb #27457442
 _BAND = re.compile(r"(\d+)-(\d+)(?: of (\d+))?")
 
 def band_syntax(band: str) -> str:
@@ -271,7 +271,7 @@ def resolve_band(
         raise ValueError(f"band: found {band!r}; the model has {n_layers} layers, allowed are 0 to {n_layers - 1}")
     return range(first, last + 1)
 
-# %% ../nbs/02_model.ipynb #08a58713
+# %% ../nbs/02_model.ipynb #3c2692ae
 def maskable(
     model: nn.Module,
     band: range,  # layers, from `resolve_band`
@@ -284,7 +284,7 @@ def maskable(
     if not found: raise ValueError(f"{type(model).__name__}: no projection matrix in layers {band[0]}-{band[-1]}")
     return found
 
-# %% ../nbs/02_model.ipynb #5d49cb5a
+# %% ../nbs/02_model.ipynb #3f83708a
 @cache
 def n_layers(name: str) -> int:
     "Number of layers of a model by name; an embedded model answers without a download."

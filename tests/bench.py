@@ -189,12 +189,10 @@ def bench_slopes(where) -> None:
         where.sync()
 
     three, short = layers(3), noise(32, 128, 49_152)
-    sizes = [128, 256, 512, 1024]
-    rows = [noise(4, n, 49_152) for n in sizes]
-    times = turns(*(lambda r=r: cost(three, r) for r in rows))
-    counted = exponent(sizes, [flops(lambda r=r: cost(three, r)) for r in rows])
-    row("influence: exponent of the cost, examples of 128 to 1024 tokens", f"{exponent(sizes, times):.2f}",
-        f"1 is linear; FLOPs {counted:.2f}: attention")
+    sizes = [64, 128, 256, 512]
+    times = turns(*(lambda r=noise(8, n, 49_152): cost(three, r, 8) for n in sizes))
+    row("influence: exponent of the cost, examples of 64 to 512 tokens", f"{exponent(sizes, times):.2f}",
+        "1 is linear; attention adds")
     sizes = [4, 8, 16, 32]
     times = turns(*(lambda n=n: cost(three, short[:n]) for n in sizes))
     row("influence: exponent of the cost, 4 to 32 examples", f"{exponent(sizes, times):.2f}", "1 is linear")
