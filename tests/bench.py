@@ -190,7 +190,7 @@ def bench_slopes(where) -> None:
 
     three, short = layers(3), noise(32, 128, 49_152)
     sizes = [64, 128, 256, 512]
-    times = turns(*(lambda r=noise(8, n, 49_152): cost(three, r, 8) for n in sizes))
+    times = turns(*(lambda r=r: cost(three, r, 8) for r in [noise(8, n, 49_152) for n in sizes]))
     row("influence: exponent of the cost, examples of 64 to 512 tokens", f"{exponent(sizes, times):.2f}",
         "1 is linear; attention adds")
     sizes = [4, 8, 16, 32]
