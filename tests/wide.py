@@ -1,6 +1,10 @@
-"Checkpoints of true widths, with noise for weights, made file by file; and the memory of a process."
+"""Checkpoints of true widths, with noise for weights, made file by file; and the memory of a process. As a program it
+masks a whole checkpoint of LLaMA-2-7B's shape: `python tests/wide.py FOLDER`, where 27 GB are free for some minutes."""
 import json
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from mft_nb.model import tiny_tokenizer
+from mft_nb.mask import Mask, save_mask
+from mft_nb.model import maskable, tiny_tokenizer
 
 
 def llama_7b(layers: int = 32, vocabulary: int = 32_000) -> LlamaConfig:
@@ -78,3 +83,34 @@ class Peak:
     def __exit__(self, *error):
         self.over = True
         self.thread.join()
+
+
+def mask_7b(folder: Path) -> None:
+    "Mask layers 20-23 of 32 in a process of its own, whose memory is printed; everything is deleted afterwards."
+    source, mask, target = folder / "checkpoint", folder / "mask.safetensors", folder / "masked"
+    try:
+        size = write_checkpoint(source, llama_7b(), 3)
+        with torch.device("meta"): net = AutoModelForCausalLM.from_config(llama_7b())
+        bits = torch.rand(2**20) < .05
+        save_mask(Mask({n: bits.repeat(-(-w.numel() // 2**20))[:w.numel()].view(w.shape)
+                        for n, w in maskable(net, range(20, 24)).items()}), mask)
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", MASKED, source, mask, target], check=True, capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+        print(f"{size / 1e9:.1f} GB in {len(list(target.glob('*.safetensors')))} files masked in "
+              f"{time.perf_counter() - begun:.0f} s; memory at the peak, pages of files and Python included: "
+              f"{float(done.stdout) / 1e9:.2f} GB")
+    finally: shutil.rmtree(folder)
+
+
+MASKED = """
+import sys
+from pathlib import Path
+from wide import highest
+from mft_nb.apply_mask import write_masked
+from mft_nb.mask import load_mask
+write_masked(Path(sys.argv[1]), load_mask(sys.argv[2]), Path(sys.argv[3]))
+print(highest())
+"""
+
+if __name__ == "__main__": mask_7b(Path(sys.argv[1]) / "mft_nb-7b")
