@@ -9,7 +9,7 @@ __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', '
            'versions', 'peak_memory_gb', 'Stage', 'code_of', 'open_stage', 'finished', 'seed_everything', 'progress',
            'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #0a9ef137
+# %% ../nbs/00_study.ipynb #641bdd4c
 import ast
 import contextlib
 import errno
@@ -42,7 +42,7 @@ from .faults import disk_full, less_memory, out_of_memory
 from .files import hash_of, read_json, read_jsonl, sha256, write_json, write_jsonl, write_whole  # noqa: F401
 from .settings import check_folders, explain, git_revision, project_root, settings
 
-# %% ../nbs/00_study.ipynb #9fa8f774
+# %% ../nbs/00_study.ipynb #3a2aad4f
 def no_repeats(items: list) -> list:
     "A list in which nothing stands twice."
     if twice := sorted({i for i in items if items.count(i) > 1}): raise ValueError(f"{twice[0]!r} stands there twice")
@@ -72,7 +72,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #25db18d5
+# %% ../nbs/00_study.ipynb #156eb12d
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -101,7 +101,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #d30d3e4d
+# %% ../nbs/00_study.ipynb #bf282ef7
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -115,7 +115,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #da490f1f
+# %% ../nbs/00_study.ipynb #62014f96
 def checked(stage_function):
     "Check the arguments of a stage function against its annotations. Raises ValueError with argument, found, allowed."
     strict = pydantic.validate_call(config=ConfigDict(strict=True))(stage_function)
@@ -127,7 +127,7 @@ def checked(stage_function):
             raise ValueError(explain(e, f"arguments of {stage_function.__name__}")) from None
     return wrapper
 
-# %% ../nbs/00_study.ipynb #cdc99d12
+# %% ../nbs/00_study.ipynb #b060d7da
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -158,7 +158,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #8579a642
+# %% ../nbs/00_study.ipynb #a5c2641a
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -171,7 +171,7 @@ def check_study(path: str | Path) -> dict:
             raise ValueError(f"{Path(path).name}: {e}") from None
     return params
 
-# %% ../nbs/00_study.ipynb #15aeb2b2
+# %% ../nbs/00_study.ipynb #67607513
 def rank() -> int:
     "The number of this process among those that `accelerate launch` started; 0 when it is alone."
     return int(os.environ.get("RANK", 0))
@@ -188,7 +188,7 @@ class Followed(BaseException):
 class Unfinished(Exception):
     "A stage is not done, where it was only asked for."
 
-# %% ../nbs/00_study.ipynb #e78e3f8e
+# %% ../nbs/00_study.ipynb #b7664d47
 def versions() -> dict[str, str]:
     "Python, system and the packages that numbers depend on."
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
@@ -201,7 +201,7 @@ def peak_memory_gb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-# %% ../nbs/00_study.ipynb #ca867490
+# %% ../nbs/00_study.ipynb #ed37485e
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
@@ -210,7 +210,7 @@ class Stage:
     def __init__(self, path: Path, identity: dict):
         self.path, self.identity = path, identity
         self.work, self.old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-        self.started, self.facts, self._lock = time.time(), {}, None
+        self.started, self.facts, self._lock, self._world = time.time(), {}, None, None
 
     @property
     def done(self) -> bool:
@@ -233,6 +233,7 @@ class Stage:
     def alone(self) -> None:
         "From here on the first process works alone; the others leave the stage, and wait for it there."
         if rank(): raise Followed
+        self._world = os.environ.pop("WORLD_SIZE", None) or self._world
 
     def __enter__(self):
         if self.asking and not self.done: raise Unfinished(f"{self.path.name} is not done")
@@ -267,6 +268,7 @@ class Stage:
             if path.suffix[1:].isdigit(): path.unlink()  # half a file of a killed `write_json`
 
     def __exit__(self, kind, error, trace):
+        if self._world: os.environ["WORLD_SIZE"] = self._world
         if error is None or kind is Followed: wait_for_all()
         if self._lock: self._lock.close()
         if isinstance(error, Exception) and out_of_memory(error):
@@ -311,7 +313,7 @@ class Stage:
         shutil.rmtree(self.old, ignore_errors=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #c84735d4
+# %% ../nbs/00_study.ipynb #6bcbae84
 NO_RESULT = ("study", "settings", "faults", "files")  # modules that decide where and how, not what is computed
 
 def code_of(
@@ -349,7 +351,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #1b0ad567
+# %% ../nbs/00_study.ipynb #6b49737a
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -362,7 +364,7 @@ def seed_everything(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
     if "torch_xla" in sys.modules: sys.modules["torch_xla"].manual_seed(seed)
 
-# %% ../nbs/00_study.ipynb #26170601
+# %% ../nbs/00_study.ipynb #515d0c3f
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -377,7 +379,7 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #a1a8c68f
+# %% ../nbs/00_study.ipynb #4c3612bd
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -389,7 +391,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #71295c9a
+# %% ../nbs/00_study.ipynb #730d1f76
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
@@ -400,5 +402,5 @@ def main(argv: list[str]) -> int:
     print(f"{Path(argv[0]).name}: {len(params)} parameters are fine")
     return 0
 
-# %% ../nbs/00_study.ipynb #d916e727
+# %% ../nbs/00_study.ipynb #51106651
 if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main(sys.argv[1:]))

@@ -70,7 +70,8 @@ def given(made, tmp_path):
     tokenizer = load_tokenizer("tiny")
     chats = {p: encode_rows(tokenizer, read_jsonl(made.home / f"runs/smoke/data/{p}.jsonl"), 1024)[0]
              for p in ("train", "validation")}
-    return SimpleNamespace(where=CPU, folder=tmp_path / "given", tokenizer=tokenizer, masked=None, **chats)
+    stage = SimpleNamespace(alone=lambda: None)
+    return SimpleNamespace(where=CPU, stage=stage, folder=tmp_path / "given", tokenizer=tokenizer, masked=None, **chats)
 
 
 def weights(folder): return load_file(folder / "model.safetensors")
@@ -199,7 +200,7 @@ def test_lora_trains_adapters_only_and_merges_exactly(family, dtype, params, giv
     matrices = {n.removesuffix(".weight") for n in maskable(net, range(2))}
     adapted = add_adapters(net, 4, 8., .1)
     p = SimpleNamespace(**params | dict(seed=0, recipe="lora", learning_rate=.02))
-    log, metrics = module.train(net, p, given)
+    _, log, metrics = module.train(net, p, given)
     assert {n.split(".lora_")[0] for n in trained(net)} == matrices
     assert metrics["trained"] == sum(w.numel() for w in trained(net).values()) < sum(w.numel() for w in before.values())
     frozen = {n.replace(".base_layer", ""): w for n, w in net.state_dict().items() if ".lora_" not in n}
