@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Where', 'SlotLayer', 'grouped_sdpa', 'attention_on', 'Slots', 'packed_weights', 'fits_slots']
 
-# %% ../nbs/43_slots.ipynb #bc62071f
+# %% ../nbs/43_slots.ipynb #8078cc9b
 import contextlib
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .device import inference
 
-# %% ../nbs/43_slots.ipynb #4ca45ddc
+# %% ../nbs/43_slots.ipynb #f42e2b7f
 class Where:
     "The address of the tokens of one forward pass, shared by all layers of the cache."
     slots: slice | torch.Tensor  # which slots the rows of the batch are: a slice (no copy) or their numbers
@@ -38,8 +38,9 @@ class SlotLayer(CacheLayerMixin):
         self.slots, self.length, self.where = slots, length, where
 
     def lazy_initialization(self, key_states, value_states):
-        "Reserve the room."
-        self.keys, self.values = (s.new_zeros(self.slots, s.shape[1], self.length, s.shape[-1])
+        "Reserve the room; zeros that come from the host are no part of a compiled graph."
+        self.keys, self.values = (torch.zeros(self.slots, s.shape[1], self.length, s.shape[-1], dtype=s.dtype,
+                                              device="cpu" if s.is_xla else s.device).to(s.device)
                                   for s in (key_states, value_states))
         self.is_initialized = True
 
@@ -69,7 +70,7 @@ class SlotLayer(CacheLayerMixin):
         "Tokens per slot."
         return self.length
 
-# %% ../nbs/43_slots.ipynb #8a4587f0
+# %% ../nbs/43_slots.ipynb #b539bd08
 def grouped_sdpa(where: Where, module, query, key, value, attention_mask, **kw):
     "transformers' sdpa attention, reading shared key-value heads in place and no further than needed; one mask head."
     batch, heads, tokens, width = query.shape
@@ -97,7 +98,7 @@ def attention_on(slots: "Slots") -> Iterator[None]:
     finally:
         if before == "sdpa": model.set_attn_implementation(before)
 
-# %% ../nbs/43_slots.ipynb #1ff55e24
+# %% ../nbs/43_slots.ipynb #96099705
 class Slots:
     "A model on a cache of slots."
 
@@ -135,7 +136,7 @@ class Slots:
         source, target = (torch.tensor(x, device=self.device) for x in (source, target))
         for layer in self.cache.layers: layer.copy(source, target, length)
 
-# %% ../nbs/43_slots.ipynb #17658ecd
+# %% ../nbs/43_slots.ipynb #1a120c59
 @contextlib.contextmanager
 def packed_weights(model: nn.Module) -> Iterator[int]:
     "Inside the block plain linear layers on a CPU use a packed copy of their weights, if memory allows; how many do."
@@ -156,7 +157,7 @@ def packed_weights(model: nn.Module) -> Iterator[int]:
 
 def _packed_linear(weight, bias, x): return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-# %% ../nbs/43_slots.ipynb #c580b77a
+# %% ../nbs/43_slots.ipynb #2901a565
 def fits_slots(model: nn.Module, device: torch.device, probe: bool = True) -> str:
     "Empty when the model can run on slots, else the reason why not."
     layers = DynamicCache(config=model.config).layers

@@ -82,7 +82,7 @@ def test_training_alike(runs):
     for key in ("loss", "eval_loss"):
         cpu = log_of(folders["cpu"] / name.format(""), key)
         one, four = (log_of(folders[d] / name.format("own-"), key) for d in DEVICES[1:])
-        assert len(one) == len(cpu) > 2 and np.allclose(four, one, rtol=0, atol=1e-6)
+        assert len(one) == len(cpu) > 2 and np.allclose(four, one, rtol=1e-6, atol=0)
         assert np.allclose(one, cpu, rtol=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_learned_alike(runs):
     "The training of scores."
     folders = only(runs, "chat")
     cpu, one, four = (log_of(folders[d] / "learn_mask/mft-seed0", "loss") for d in DEVICES)
-    assert np.allclose(four, one, rtol=0, atol=1e-6) and np.allclose(one, cpu, rtol=1e-5)
+    assert np.allclose(four, one, rtol=1e-6, atol=0) and np.allclose(one, cpu, rtol=1e-5)
 
 
 @pytest.mark.parametrize("table, columns", [
