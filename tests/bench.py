@@ -197,8 +197,8 @@ def bench_slopes(where) -> None:
     times = turns(*(lambda n=n: cost(three, short[:n]) for n in sizes))
     row("influence: exponent of the cost, 4 to 32 examples", f"{exponent(sizes, times):.2f}", "1 is linear")
     sizes, [first] = [2, 4, 8, 16], [{n: w} for n, w in layers(1).items() if n.endswith("k_proj.weight")]
-    whole = noise(16, 512, 49_152)
-    none, *times = turns(*(lambda b=b: cost(b, whole, 16) for b in [first, *map(layers, sizes)]))
+    whole = noise(8, 256, 49_152)
+    none, *times = turns(*(lambda b=b: cost(b, whole, 8) for b in [first, *map(layers, sizes)]))
     row("influence: exponent of what a band adds, 2 to 16 layers", f"{exponent(sizes, [t - none for t in times]):.2f}",
         "1 is linear")
     sizes = [2**20, 2**22, 2**24, 2**26]
