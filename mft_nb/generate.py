@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'Batch', 'write_plainly', 'write_with_vllm', 'rows_that_fit', 'generate']
 
-# %% ../nbs/47_generate.ipynb #0574029b
+# %% ../nbs/47_generate.ipynb #76c677c4
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from .device import Device, inference
 from .neurons import masks_on
 from .slots import Slots, attention_on, fits_slots, packed_weights
 
-# %% ../nbs/47_generate.ipynb #cfa73ef1
+# %% ../nbs/47_generate.ipynb #de40de69
 class Batch:
     "Answers to many prompts on a fixed number of slots."
 
@@ -90,7 +90,7 @@ class Batch:
                 if self.static:
                     ids += [[0] * wide] * (at_once - len(ids))
                     into += [self.spare] * (at_once - len(into))
-                positions = torch.arange(c, c + wide, device=self.device.device).expand(len(ids), wide)
+                positions = self._tensor(range(c, c + wide)).expand(len(ids), wide)
                 self.slots.forward(self._tensor(ids), positions, self._tensor(into),
                                    self.length if self.static else c + wide, keep=1)
                 self._mark()
@@ -145,7 +145,7 @@ class Batch:
             found.append(tokens)
             positions = positions + 1
             self._mark()
-        self._take(torch.cat(found, 1).tolist())
+        self._take(torch.cat([t.cpu() for t in found] if self.static else found, 1).tolist())  # no graph of its own
 
     def _take(self, news: list[list[int]]):
         self.update(sum(row.take(new, self.rules) for row, new in zip(self.rows, news, strict=True) if row))
@@ -172,7 +172,7 @@ class Batch:
         self._take([c[:1 + next((i for i in range(n - 1) if i >= len(g) or g[i] != c[i]), n - 1)]
                     for g, c in zip(guesses, chosen, strict=True)])
 
-# %% ../nbs/47_generate.ipynb #25b3d760
+# %% ../nbs/47_generate.ipynb #1e56b5a6
 def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, device: Device, batch_size: int,
                   done: Callable[[Row], None], update: Callable[[int], None]) -> None:
     "Write answers with the model's own cache, prompts of equal length together."
@@ -191,7 +191,7 @@ def write_plainly(model, rows: list[Row], rules: Rules, sampling: Sampling, devi
                     if r.ended: done(r)
                 if all(r.ended for r in some): break
 
-# %% ../nbs/47_generate.ipynb #c01d7e8b
+# %% ../nbs/47_generate.ipynb #7803ddf0
 def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, done: Callable[[Row], None],
                     update: Callable[[int], None]) -> None:
     "Write answers with vLLM. Raises ValueError when it is not installed, or would not see masked neurons."
@@ -216,7 +216,7 @@ def write_with_vllm(model, rows: list[Row], rules: Rules, sampling: Sampling, do
         update(row.take(list(found.outputs[0].token_ids), rules))
         done(row)
 
-# %% ../nbs/47_generate.ipynb #a66f8ba6
+# %% ../nbs/47_generate.ipynb #3df6d40d
 ROWS = dict(cpu=64, mps=32, cuda=256, xla=64)  # beyond these a larger batch is hardly faster
 
 def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
@@ -230,7 +230,7 @@ def rows_that_fit(model: nn.Module, length: int, device: Device) -> int:
                 xla=lambda: 16e9)[device.kind]()
     return int(min(ROWS[device.kind], max(1, free / 2 // row)))
 
-# %% ../nbs/47_generate.ipynb #4ee1b8ac
+# %% ../nbs/47_generate.ipynb #87959c0c
 def generate(
     model: nn.Module,
     tokenizer,
