@@ -4,6 +4,8 @@ import fcntl
 import os
 import sys
 
+import torch
+
 from mft_nb.apply_mask import variants_of
 from mft_nb.classifier import checkpoints
 from mft_nb.device import available
@@ -25,7 +27,14 @@ THREADS = int(config.get("threads", workflow.cores))
 NO_MASKS = dict(methods=[], learners=[]) if NETWORKS else {}
 VARIANTS = variants_of(**dict(recipes=P["recipes"], methods=P["methods"], learners=P["learners"]) | NO_MASKS)
 # an encoder is small, and ICA is many small steps: on a CPU quicker side by side than with two threads in one
-SIDE_BY_SIDE = 1 if (available()[0] if settings().device == "auto" else settings().device) == "cpu" else THREADS
+KIND = available()[0] if settings().device == "auto" else settings().device
+SIDE_BY_SIDE = 1 if KIND == "cpu" else THREADS
+# accelerators are counted: a training takes all (if `launch` lets it), other stages that need one take one. On a
+# cluster the profile says how many a machine has, and what the scheduler there calls them
+HERE = torch.cuda.device_count() if KIND == "cuda" else int(KIND != "cpu")
+ACCELERATORS = int(config.get("accelerators", HERE))
+if ACCELERATORS and workflow.local_exec and "accelerator" not in workflow.global_resources:
+    workflow.register_resource("accelerator", ACCELERATORS)
 MACHINE = dict(device=settings().device, dtype=settings().dtype)
 
 # papermill writes progress into the notebook; people look at the terminal
@@ -36,10 +45,32 @@ os.environ.setdefault("MFT_NB_TERMINAL", stderr if os.path.exists(stderr) else "
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def takes(n):
+    "Resources of a job that needs n accelerators."
+    n = min(n, ACCELERATORS)
+    return {name: n for name in ("accelerator", config.get("accelerator_is")) if n and name}
+
+
+def own_device():
+    "Shell: of several accelerators a job that takes one gets one that no other has; a scheduler does that itself."
+    if ACCELERATORS < 2 or not workflow.local_exec: return ""
+    free = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(ACCELERATORS)))).replace(",", " ")
+    return (f"mkdir -p '{RUNS}' && for device in {free}; do exec 9> '{RUNS.parent}'/.device-$device; "
+            "flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$device && ")
+
+
+TAKEN = 1 if settings().launch == "none" or KIND == "xla" else ACCELERATORS
+
+
 def parameters(notebook):
     "What a notebook reads from the study: when one of these changes, it runs again."
     known = declared(Path("nbs", f"{notebook}.ipynb").resolve())
     return {k: P[k] for k in known if k not in ("seed", "variant", "recipe", "learner", "level", "which")} | MACHINE
+
+
+def run_on(n, notebook, name, *given):
+    "The same on n accelerators."
+    return (own_device() if n == 1 else "") + run(notebook, name, *given)
 
 
 def run(notebook, name, *given, **instead):
@@ -155,8 +186,9 @@ rule finetune:
     output: done("finetune/{recipe}-seed{seed}")
     params: parameters("20_finetune")
     threads: THREADS
+    resources: **takes(TAKEN)
     message: "fine-tuning: {wildcards.recipe}, seed {wildcards.seed}"
-    shell: run("20_finetune", "finetune-{wildcards.recipe}-seed{wildcards.seed}", "recipe", "seed")
+    shell: run_on(TAKEN, "20_finetune", "finetune-{wildcards.recipe}-seed{wildcards.seed}", "recipe", "seed")
 
 
 rule influence:
@@ -164,8 +196,9 @@ rule influence:
     output: done("influence/seed{seed}")
     params: parameters("30_influence")
     threads: THREADS
+    resources: **takes(TAKEN)
     message: "scores and masks, seed {wildcards.seed}"
-    shell: run("30_influence", "influence-seed{wildcards.seed}", "seed")
+    shell: run_on(TAKEN, "30_influence", "influence-seed{wildcards.seed}", "seed")
 
 
 rule learn_mask:
@@ -173,8 +206,9 @@ rule learn_mask:
     output: done("learn_mask/{learner}-seed{seed}")
     params: parameters("31_learn_mask")
     threads: THREADS
+    resources: **takes(TAKEN)
     message: "learned mask: {wildcards.learner}, seed {wildcards.seed}"
-    shell: run("31_learn_mask", "learn_mask-{wildcards.learner}-seed{wildcards.seed}", "learner", "seed")
+    shell: run_on(TAKEN, "31_learn_mask", "learn_mask-{wildcards.learner}-seed{wildcards.seed}", "learner", "seed")
 
 
 rule sweep:
@@ -182,8 +216,9 @@ rule sweep:
     output: done("sweep/seed{seed}")
     params: parameters("35_sweep")
     threads: THREADS
+    resources: **takes(1)
     message: "budgets, bands and shares of the data, seed {wildcards.seed}"
-    shell: run("35_sweep", "sweep-seed{wildcards.seed}", "seed")
+    shell: run_on(1, "35_sweep", "sweep-seed{wildcards.seed}", "seed")
 
 
 rule truth:
@@ -191,8 +226,9 @@ rule truth:
     output: done("truth/seed{seed}")
     params: parameters("36_truth")
     threads: THREADS
+    resources: **takes(1)
     message: "weights zeroed one by one, seed {wildcards.seed}"
-    shell: run("36_truth", "truth-seed{wildcards.seed}", "seed")
+    shell: run_on(1, "36_truth", "truth-seed{wildcards.seed}", "seed")
 
 
 rule surface:
@@ -200,8 +236,9 @@ rule surface:
     output: done("surface/seed{seed}")
     params: parameters("41_surface")
     threads: THREADS
+    resources: **takes(1)
     message: "loss surface, seed {wildcards.seed}"
-    shell: run("41_surface", "surface-seed{wildcards.seed}", "seed")
+    shell: run_on(1, "41_surface", "surface-seed{wildcards.seed}", "seed")
 
 
 rule apply_mask:
@@ -217,8 +254,9 @@ rule evaluate:
     output: done("evaluate/{variant}-seed{seed}")
     params: parameters("50_evaluate")
     threads: THREADS
+    resources: **takes(1)
     message: "evaluate {wildcards.variant}, seed {wildcards.seed}"
-    shell: run("50_evaluate", "evaluate-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
+    shell: run_on(1, "50_evaluate", "evaluate-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
 
 
 rule harness:
@@ -226,8 +264,9 @@ rule harness:
     output: done("harness/{variant}-seed{seed}")
     params: parameters("52_harness")
     threads: THREADS
+    resources: **takes(1)
     message: "math and instructions of {wildcards.variant}, seed {wildcards.seed}"
-    shell: run("52_harness", "harness-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
+    shell: run_on(1, "52_harness", "harness-{wildcards.variant}-seed{wildcards.seed}", "variant", "seed")
 
 
 rule compare:
@@ -261,8 +300,9 @@ rule classifier:
     output: done("classifier/seed{seed}")
     params: parameters("22_classifier")
     threads: SIDE_BY_SIDE
+    resources: **takes(1)
     message: "fine-tuning of the classifier, seed {wildcards.seed}"
-    shell: run("22_classifier", "classifier-seed{wildcards.seed}", "seed")
+    shell: run_on(1, "22_classifier", "classifier-seed{wildcards.seed}", "seed")
 
 
 rule classifier_masks:
@@ -270,8 +310,9 @@ rule classifier_masks:
     output: done("classifier_masks/{level}-seed{seed}")
     params: parameters("33_classifier_masks")
     threads: SIDE_BY_SIDE
+    resources: **takes(1)
     message: "masks of the checkpoint {wildcards.level}, seed {wildcards.seed}"
-    shell: run("33_classifier_masks", "classifier_masks-{wildcards.level}-seed{wildcards.seed}", "level", "seed")
+    shell: run_on(1, "33_classifier_masks", "classifier_masks-{wildcards.level}-seed{wildcards.seed}", "level", "seed")
 
 rule accuracy:
     input: MASKED, code_of("accuracy")
@@ -296,9 +337,10 @@ rule networks:
     output: done("networks/{which}-seed{seed}")
     params: parameters("32_networks")
     threads: SIDE_BY_SIDE
+    resources: **takes(1)
     priority: 1  # the long ablations wait for these
     message: "networks of {wildcards.which}, seed {wildcards.seed}"
-    shell: run("32_networks", "networks-{wildcards.which}-seed{wildcards.seed}", "which", "seed")
+    shell: run_on(1, "32_networks", "networks-{wildcards.which}-seed{wildcards.seed}", "which", "seed")
 
 
 rule ablations:
@@ -306,9 +348,10 @@ rule ablations:
     output: done("ablations/seed{seed}")
     params: parameters("48_ablations")
     threads: THREADS
+    resources: **takes(1)
     priority: 2  # the longest work of the graph: started last, it would leave the other cores idle
     message: "ablated and isolated networks, seed {wildcards.seed}"
-    shell: run("48_ablations", "ablations-seed{wildcards.seed}", "seed")
+    shell: run_on(1, "48_ablations", "ablations-seed{wildcards.seed}", "seed")
 
 
 rule contrasts:

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['disk_full', 'out_of_memory', 'less_memory']
 
-# %% ../nbs/00_faults.ipynb #30b98a6d
+# %% ../nbs/00_faults.ipynb #c704ed4a
 import errno
 import shutil
 from pathlib import Path
 
-# %% ../nbs/00_faults.ipynb #c75dc966
+# %% ../nbs/00_faults.ipynb #d02a3ca7
 def disk_full(error: Exception, folder: Path) -> bool:
     "Whether an error means that there is no room left on the disk of a folder."
     known = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     while not folder.exists(): folder = folder.parent
     return known or shutil.disk_usage(folder).free < 2**20
 
-# %% ../nbs/00_faults.ipynb #dc65b895
+# %% ../nbs/00_faults.ipynb #31265056
 def out_of_memory(error: Exception) -> bool:
     "Whether an error means that there is no memory left: of the process, of a GPU, or of a TPU."
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(
@@ -25,8 +25,12 @@ def out_of_memory(error: Exception) -> bool:
 
 def less_memory(params: dict) -> str:
     "What to set so that a stage with these parameters needs less memory."
-    ways = [f"{k}: {max(1, n // 2)}" + (f" with accumulate: {2 * params['accumulate']}" if k == "batch_size" else "")
-            for k, n in params.items() if k.endswith("batch_size") and n > 1]
+    ways = []
+    for k, n in params.items():
+        if not k.endswith("batch_size") or n == 1: continue
+        fewer = max(d for d in range(1, n) if n % d == 0)
+        steps = params.get("accumulate", 0) * n // fewer  # the same examples per step
+        ways.append(f"{k}: {fewer}" + f" with accumulate: {steps}" * (k == "batch_size" and steps > 0))
     if params.get("recompute") is False: ways.append("recompute: true")
     if "max_tokens" in params: ways.append(f"a max_tokens below {params['max_tokens']}")
     return "; ".join(["set in the study " + ", ".join(ways)] * bool(ways) + ["or share the weights of a model out over "

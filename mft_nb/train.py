@@ -7,7 +7,8 @@ __all__ = ['MasterAdamW', 'training_order', 'trained', 'save_trained', 'save_che
            'tracker', 'Meter', 'ReleaseMemory', 'Preempted', 'Termination', 'ChatTrainer', 'share_out',
            'last_checkpoint', 'make_trainer']
 
-# %% ../nbs/18_train.ipynb #e7cd3ed5
+# %% ../nbs/18_train.ipynb #bc8b7c5f
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -34,7 +35,7 @@ from .loss import (collate, evaluate_classes, evaluate_losses, head_is_plain, la
 from .shards import any_process, like, shard, sharded, whole
 from .study import progress, rank, settings
 
-# %% ../nbs/18_train.ipynb #87fece00
+# %% ../nbs/18_train.ipynb #8a579d38
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -67,7 +68,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(like(saved, mine))
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/18_train.ipynb #6da20c62
+# %% ../nbs/18_train.ipynb #4ce2908c
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -87,7 +88,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/18_train.ipynb #320076bd
+# %% ../nbs/18_train.ipynb #4e266c0c
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that training changes, by name. Raises ValueError when there is none."
     found = {n: p for n, p in net.named_parameters() if p.requires_grad}
@@ -116,7 +117,7 @@ def load_trained(net: nn.Module, path: Path) -> None:
         raise ValueError(f"{Path(path).name}: not the trained parameters of this model, for instance {other[0]}")
     for n, p in mine.items(): p.copy_(like(saved[n], p))
 
-# %% ../nbs/18_train.ipynb #d55d0f90
+# %% ../nbs/18_train.ipynb #442d539e
 class Best(TrainerCallback):
     "Keep what is trained at the lowest validation loss so far; of equal ones the earliest."
     def __init__(self, net: nn.Module, path: Path):
@@ -132,7 +133,7 @@ class Best(TrainerCallback):
         save_trained(self.net, self.path, dict(step=str(step), loss=repr(loss)))
         self.found = step, loss
 
-# %% ../nbs/18_train.ipynb #f7cc6062
+# %% ../nbs/18_train.ipynb #12232c46
 def differences(
     where: Device,
     four_bit: bool = False,  # whether the frozen weights are to be held in 4 bits
@@ -169,7 +170,7 @@ def tracker() -> str:
                          f"pip install 'mft_nb[{'tracking' if name == 'trackio' else name}]', or set none")
     return name
 
-# %% ../nbs/18_train.ipynb #201bc3af
+# %% ../nbs/18_train.ipynb #7ee6a822
 class Meter(TrainerCallback):
     "Counts tokens and seconds of training; shows tokens, rate, ETA and loss on the terminal."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -200,7 +201,7 @@ class ReleaseMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
-# %% ../nbs/18_train.ipynb #76e90d88
+# %% ../nbs/18_train.ipynb #457337e8
 class Preempted(RuntimeError):
     "The machine is taken away; what was done is kept."
 
@@ -220,7 +221,7 @@ class Termination(TrainerCallback):
     def on_train_end(self, args, state, control, **kw):
         if self.before is not None: signal.signal(signal.SIGTERM, self.before)
 
-# %% ../nbs/18_train.ipynb #fe932059
+# %% ../nbs/18_train.ipynb #63f92083
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss`, a fixed order of examples and small checkpoints."
     weights_file = "trained.safetensors"
@@ -295,6 +296,10 @@ class ChatTrainer(Trainer):
         torch.save(state, Path(output_dir) / "optimizer.pt")
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
+    def _defer_fsdp_gradient_reduction(self):
+        "Gradients are shared out after each batch, so that whole ones are never kept."
+        return contextlib.nullcontext()
+
     def create_optimizer(self, model=None):
         "The Trainer's; it reads whole states and shares them out as its parameters are."
         optimizer = super().create_optimizer(model)
@@ -315,7 +320,7 @@ def share_out(optimizer, state: dict) -> dict:
             for i, found in state["state"].items()}
     return state | dict(state=mine)
 
-# %% ../nbs/18_train.ipynb #df9b3a60
+# %% ../nbs/18_train.ipynb #a9772aef
 def last_checkpoint(folder: Path) -> str | None:
     "The newest complete checkpoint; the Trainer writes `trainer_state.json` last, so without it one is half-written."
     found = None
