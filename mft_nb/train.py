@@ -7,7 +7,7 @@ __all__ = ['MasterAdamW', 'training_order', 'trained', 'save_trained', 'save_che
            'tracker', 'Meter', 'ReleaseMemory', 'Preempted', 'Termination', 'ChatTrainer', 'share_out',
            'last_checkpoint', 'make_trainer']
 
-# %% ../nbs/18_train.ipynb #bc8b7c5f
+# %% ../nbs/18_train.ipynb #7ccdedb8
 import contextlib
 import ctypes
 import importlib.util
@@ -35,7 +35,7 @@ from .loss import (collate, evaluate_classes, evaluate_losses, head_is_plain, la
 from .shards import any_process, like, shard, sharded, whole
 from .study import progress, rank, settings
 
-# %% ../nbs/18_train.ipynb #8a579d38
+# %% ../nbs/18_train.ipynb #20841de4
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -68,7 +68,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(like(saved, mine))
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/18_train.ipynb #4ce2908c
+# %% ../nbs/18_train.ipynb #f9dd3d17
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -88,7 +88,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/18_train.ipynb #4e266c0c
+# %% ../nbs/18_train.ipynb #d7981675
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that training changes, by name. Raises ValueError when there is none."
     found = {n: p for n, p in net.named_parameters() if p.requires_grad}
@@ -117,7 +117,7 @@ def load_trained(net: nn.Module, path: Path) -> None:
         raise ValueError(f"{Path(path).name}: not the trained parameters of this model, for instance {other[0]}")
     for n, p in mine.items(): p.copy_(like(saved[n], p))
 
-# %% ../nbs/18_train.ipynb #442d539e
+# %% ../nbs/18_train.ipynb #30ed1f38
 class Best(TrainerCallback):
     "Keep what is trained at the lowest validation loss so far; of equal ones the earliest."
     def __init__(self, net: nn.Module, path: Path):
@@ -133,7 +133,7 @@ class Best(TrainerCallback):
         save_trained(self.net, self.path, dict(step=str(step), loss=repr(loss)))
         self.found = step, loss
 
-# %% ../nbs/18_train.ipynb #12232c46
+# %% ../nbs/18_train.ipynb #ad607d91
 def differences(
     where: Device,
     four_bit: bool = False,  # whether the frozen weights are to be held in 4 bits
@@ -170,7 +170,7 @@ def tracker() -> str:
                          f"pip install 'mft_nb[{'tracking' if name == 'trackio' else name}]', or set none")
     return name
 
-# %% ../nbs/18_train.ipynb #7ee6a822
+# %% ../nbs/18_train.ipynb #8dc46f98
 class Meter(TrainerCallback):
     "Counts tokens and seconds of training; shows tokens, rate, ETA and loss on the terminal."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -201,7 +201,7 @@ class ReleaseMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
-# %% ../nbs/18_train.ipynb #457337e8
+# %% ../nbs/18_train.ipynb #8dabaff6
 class Preempted(RuntimeError):
     "The machine is taken away; what was done is kept."
 
@@ -221,20 +221,20 @@ class Termination(TrainerCallback):
     def on_train_end(self, args, state, control, **kw):
         if self.before is not None: signal.signal(signal.SIGTERM, self.before)
 
-# %% ../nbs/18_train.ipynb #63f92083
+# %% ../nbs/18_train.ipynb #5ef1f90a
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss`, a fixed order of examples and small checkpoints."
     weights_file = "trained.safetensors"
 
-    def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, meter: Meter, **kw):
-        super().__init__(*args, **kw)
+    def __init__(self, *args, validation: list[dict], pad_id: int, where: Device, meter: Meter, callbacks=(), **kw):
+        self.termination = Termination(where)  # before the other callbacks, which look whether a checkpoint is due
+        super().__init__(*args, callbacks=[self.termination, *callbacks], **kw)
         self.validation, self.pad_id, self.where, self.meter = validation, pad_id, where, meter
         self.plain_head = head_is_plain(self.model)
         if sharded(): self.is_distributed_loading_by_transformers = True  # it places weights and gradients itself
         self.seen = None  # step and metrics of the last validation
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labelled tokens of a whole step
-        self.termination = Termination(where)
-        for callback in (meter, self.termination): self.add_callback(callback)
+        self.add_callback(meter)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Sum of the token losses over the labelled tokens of the whole step, of all processes."
@@ -320,7 +320,7 @@ def share_out(optimizer, state: dict) -> dict:
             for i, found in state["state"].items()}
     return state | dict(state=mine)
 
-# %% ../nbs/18_train.ipynb #a9772aef
+# %% ../nbs/18_train.ipynb #539950c5
 def last_checkpoint(folder: Path) -> str | None:
     "The newest complete checkpoint; the Trainer writes `trainer_state.json` last, so without it one is half-written."
     found = None
