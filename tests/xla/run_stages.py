@@ -1,6 +1,6 @@
 """Stages of the smoke studies one after another in one process, on the device of the settings: `run_stages.py TASK`.
-Prints one JSON line for each: seconds, graphs compiled, graphs run. SMALLER in the environment: parameters as JSON;
-SAME: runs whose fine-tuned weights all stages after the fine-tuning start from, so that these can be compared."""
+Prints one JSON line for each: seconds, graphs compiled, graphs run. In the environment AGAIN: some of them once more,
+with seed 1; SAME: runs whose fine-tuned weights all later stages start from, so that these can be compared."""
 import inspect
 import json
 import os
@@ -16,12 +16,15 @@ FUNCTION = dict(data="prepare_data", sentences="prepare_sentences", classifier="
                 apply_mask="publish", accuracy="compare_levels", report="write_report",
                 classifier_report="write_classifier_report")
 # all stages, few and short examples: some tokens cost seconds here that cost nothing on a TPU
-SMALLER = dict(train_per_source=8, gradient_per_source=8, validation_per_source=8, max_tokens=512, batch_size=2,
-               checkpoint_every=2, validate_every=2, gradient_batch_size=4, methods=["sci", "random"],
-               scan_methods=["sci"], scan_points=4, scan_examples=6, problems=2, max_new_tokens=12,
-               generation_batch_size=1, bootstrap_draws=1000, learners=["mft"], sweep_points=2, sweep_bands=["0-1"],
-               sweep_fractions=[.5], sweep_methods=["sci"], sweep_examples=3, truth_weights=6, truth_groups=4,
-               truth_examples=3, surface_points=3, surface_examples=3)
+FEW = dict(train_per_source=8, gradient_per_source=8, validation_per_source=8, max_tokens=512, batch_size=2,
+           checkpoint_every=2, validate_every=2, problems=2)
+SMALLER = dict(
+    chat=FEW | dict(gradient_batch_size=4, methods=["sci", "random"], scan_methods=["sci"], scan_points=4,
+                    scan_examples=6, max_new_tokens=12, generation_batch_size=1, bootstrap_draws=1000, learners=["mft"],
+                    sweep_points=2, sweep_bands=["0-1"], sweep_fractions=[.5], sweep_methods=["sci"], sweep_examples=3,
+                    truth_weights=6, truth_groups=4, truth_examples=3, surface_points=3, surface_examples=3),
+    classify={}, networks=FEW | dict(network_tokens=1500, stability_runs=2, control_draws=1, ablation_examples=2,
+                                     ablation_problems=1))
 
 
 def stages(task: str, p: dict) -> list[tuple[str, dict]]:
@@ -76,7 +79,7 @@ def trained_elsewhere(name: str, study: str) -> None:
 
 def main(task: str) -> None:
     from mft_nb.study import read_study
-    p = read_study(Path("papermill_params") / f"{STUDY[task]}.yaml") | json.loads(os.environ.get("SMALLER", "{}"))
+    p = read_study(Path("papermill_params") / f"{STUDY[task]}.yaml") | SMALLER[task]
     todo = [(m, dict(seed=0) | more) for m, more in stages(task, p)]
     if os.environ.get("AGAIN"): todo += [(m, dict(seed=1) | more) for m, more in again(task, p)]
     for module, more in todo:

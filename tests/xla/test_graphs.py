@@ -111,7 +111,7 @@ def test_steps_do_not_pile_up(xla):
 
 def test_resumed_training(tmp_path, monkeypatch):
     "A fine-tuning that dies and goes on: the log of one that was never disturbed, and no graph that it had not."
-    p = read_study(ROOT / "papermill_params/smoke.yaml") | SMALLER | dict(study="smoke", seed=0, recipe="fft")
+    p = read_study(ROOT / "papermill_params/smoke.yaml") | SMALLER["chat"] | dict(study="smoke", seed=0, recipe="fft")
     call = lambda f: f(**{k: p[k] for k in inspect.signature(f).parameters})
     monkeypatch.setenv("MFT_NB_DEVICE", "xla")
     step, done, logs = mft_nb.train.ChatTrainer.training_step, [], []

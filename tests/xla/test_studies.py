@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from run_stages import SMALLER, STUDY
+from run_stages import STUDY
 from safetensors.torch import load_file
 
 from mft_nb.mask import jaccard, load_mask
@@ -23,7 +23,7 @@ DEVICES = "cpu", "one", "four"
 def start(task: str, device: str, home: Path) -> subprocess.Popen:
     "All stages of a task on a device, in a process of its own."
     given = dict(MFT_NB_RUNS=str(home / device), MFT_NB_FIGURES=str(home / "figures"), MFT_NB_DTYPE="float32",
-                 SMALLER=json.dumps(SMALLER if task == "chat" else {}), AGAIN="1", PYTHONPATH=str(ROOT))
+                 AGAIN="1", PYTHONPATH=str(ROOT))
     if device == "cpu": given |= dict(MFT_NB_DEVICE="cpu", USE_TORCH_XLA="0")
     else: given |= dict(MFT_NB_DEVICE="xla", CPU_NUM_DEVICES=dict(one="1", four="4")[device], SAME=str(home / "cpu"))
     with open(home / f"{device}-{task}.log", "w") as log:
