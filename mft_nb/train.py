@@ -7,7 +7,7 @@ __all__ = ['MasterAdamW', 'training_order', 'trained', 'save_trained', 'save_che
            'tracker', 'Meter', 'ReleaseMemory', 'Preempted', 'Termination', 'ChatTrainer', 'share_out',
            'last_checkpoint', 'make_trainer']
 
-# %% ../nbs/18_train.ipynb #7ccdedb8
+# %% ../nbs/18_train.ipynb #a2312c3a
 import contextlib
 import ctypes
 import importlib.util
@@ -35,7 +35,7 @@ from .loss import (collate, evaluate_classes, evaluate_losses, head_is_plain, la
 from .shards import any_process, like, shard, sharded, whole
 from .study import progress, rank, settings
 
-# %% ../nbs/18_train.ipynb #20841de4
+# %% ../nbs/18_train.ipynb #8af8f468
 class MasterAdamW(torch.optim.AdamW):
     "AdamW whose state and steps are float32 while the model's weights stay in a narrower dtype."
     def __init__(self, params, **kw):
@@ -68,7 +68,7 @@ class MasterAdamW(torch.optim.AdamW):
         for mine, saved in zip(self.masters, state["masters"], strict=True): mine.copy_(like(saved, mine))
         super().load_state_dict({k: v for k, v in state.items() if k != "masters"})
 
-# %% ../nbs/18_train.ipynb #f9dd3d17
+# %% ../nbs/18_train.ipynb #ac9e7af9
 def training_order(
     lengths: list[int],  # tokens of each example
     epochs: int,
@@ -88,7 +88,7 @@ def training_order(
         order += [i for b in shuffled([b for b in batches if len(b) == batch_size]) + short for i in b]
     return order
 
-# %% ../nbs/18_train.ipynb #d7981675
+# %% ../nbs/18_train.ipynb #ba0ec86b
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that training changes, by name. Raises ValueError when there is none."
     found = {n: p for n, p in net.named_parameters() if p.requires_grad}
@@ -117,7 +117,7 @@ def load_trained(net: nn.Module, path: Path) -> None:
         raise ValueError(f"{Path(path).name}: not the trained parameters of this model, for instance {other[0]}")
     for n, p in mine.items(): p.copy_(like(saved[n], p))
 
-# %% ../nbs/18_train.ipynb #30ed1f38
+# %% ../nbs/18_train.ipynb #c46f1193
 class Best(TrainerCallback):
     "Keep what is trained at the lowest validation loss so far; of equal ones the earliest."
     def __init__(self, net: nn.Module, path: Path):
@@ -133,7 +133,7 @@ class Best(TrainerCallback):
         save_trained(self.net, self.path, dict(step=str(step), loss=repr(loss)))
         self.found = step, loss
 
-# %% ../nbs/18_train.ipynb #ad607d91
+# %% ../nbs/18_train.ipynb #5a318e0a
 def differences(
     where: Device,
     four_bit: bool = False,  # whether the frozen weights are to be held in 4 bits
@@ -170,7 +170,7 @@ def tracker() -> str:
                          f"pip install 'mft_nb[{'tracking' if name == 'trackio' else name}]', or set none")
     return name
 
-# %% ../nbs/18_train.ipynb #8dc46f98
+# %% ../nbs/18_train.ipynb #ab93b067
 class Meter(TrainerCallback):
     "Counts tokens and seconds of training; shows tokens, rate, ETA and loss on the terminal."
     def __init__(self, label: str, tokens: list[int]):  # tokens of each optimizer step
@@ -201,7 +201,7 @@ class ReleaseMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
-# %% ../nbs/18_train.ipynb #8dabaff6
+# %% ../nbs/18_train.ipynb #b4e215df
 class Preempted(RuntimeError):
     "The machine is taken away; what was done is kept."
 
@@ -221,7 +221,7 @@ class Termination(TrainerCallback):
     def on_train_end(self, args, state, control, **kw):
         if self.before is not None: signal.signal(signal.SIGTERM, self.before)
 
-# %% ../nbs/18_train.ipynb #5ef1f90a
+# %% ../nbs/18_train.ipynb #995e2d3f
 class ChatTrainer(Trainer):
     "transformers' Trainer with the loss of `mft_nb.loss`, a fixed order of examples and small checkpoints."
     weights_file = "trained.safetensors"
@@ -320,7 +320,7 @@ def share_out(optimizer, state: dict) -> dict:
             for i, found in state["state"].items()}
     return state | dict(state=mine)
 
-# %% ../nbs/18_train.ipynb #539950c5
+# %% ../nbs/18_train.ipynb #74427196
 def last_checkpoint(folder: Path) -> str | None:
     "The newest complete checkpoint; the Trainer writes `trainer_state.json` last, so without it one is half-written."
     found = None

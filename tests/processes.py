@@ -72,6 +72,7 @@ def look_at_shards(report: str) -> None:
     import json
 
     import torch
+
     from mft_nb.device import pick_device
     from mft_nb.model import load_model, maskable
     from mft_nb.scores import empty_sums

@@ -1,4 +1,4 @@
-"Two processes on a CPU give the numbers of one, whether each holds the model or a part of it; and what goes wrong ends well."
+"Two processes on a CPU give the numbers of one, with the model in each or shared out; what goes wrong ends well."
 import inspect
 import json
 import os
@@ -9,18 +9,16 @@ import subprocess
 import sys
 import time
 from importlib import import_module
-from pathlib import Path
 
-import killing
 import processes
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from mft_nb.faults import less_memory
-from mft_nb.launch import arguments, launched
+from safetensors.torch import load_file
+
+from mft_nb.launch import arguments
 from mft_nb.mask import load_mask
 from mft_nb.study import read_json, read_jsonl
-from safetensors.torch import load_file
 
 LEARNERS = ("mft", "mft-band", "mft-scaled", "movement", "l0")
 RECIPES = ("fft", "lora", "continued")
