@@ -6,7 +6,7 @@
 __all__ = ['Levels', 'CHANCE', 'rising', 'encode_sentences', 'level_name', 'checkpoints', 'Milestones', 'train_classifier',
            'keep_checkpoints']
 
-# %% ../nbs/22_classifier.ipynb #2cef200b
+# %% ../nbs/22_classifier.ipynb #bfd53251
 import os
 import shutil
 from pathlib import Path
@@ -21,9 +21,10 @@ from .device import pick_device
 from .model import ModelName, load_model, load_tokenizer
 from .study import (Count, NonNegative, Positive, Seed, Share, StudyName, checked, finished, no_repeats,
                           open_stage, read_json, read_jsonl, seed_everything, write_json, write_jsonl)
-from .train import last_checkpoint, load_trained, make_trainer, save_trained, training_order
+from .train import (last_checkpoint, load_trained, make_trainer, save_checkpoint, save_trained,
+                          training_order)
 
-# %% ../nbs/22_classifier.ipynb #309b305a
+# %% ../nbs/22_classifier.ipynb #c67c35e7
 def rising(levels: list[float]) -> list[float]:
     "Levels from low to high."
     if sorted(levels) != levels: raise ValueError("must stand from low to high")
@@ -31,7 +32,7 @@ def rising(levels: list[float]) -> list[float]:
 
 Levels = Annotated[list[Share], Field(min_length=1), AfterValidator(no_repeats), AfterValidator(rising)]
 
-# %% ../nbs/22_classifier.ipynb #7a254c88
+# %% ../nbs/22_classifier.ipynb #7fa50a05
 def encode_sentences(tokenizer, rows: list[dict], max_tokens: int) -> tuple[list[dict], int]:
     "Examples with `input_ids`, `label` and `id`, and how many sentences were too long."
     longest = min(max_tokens, tokenizer.model_max_length)
@@ -40,7 +41,7 @@ def encode_sentences(tokenizer, rows: list[dict], max_tokens: int) -> tuple[list
     kept = [e for e in encoded if len(e["input_ids"]) <= longest]
     return kept, len(encoded) - len(kept)
 
-# %% ../nbs/22_classifier.ipynb #2768f14a
+# %% ../nbs/22_classifier.ipynb #3664821e
 CHANCE = "chance"
 
 def level_name(level: float) -> str:
@@ -72,7 +73,7 @@ class Milestones(TrainerCallback):
         if new: write_json(self.folder / "reached.json", found | dict.fromkeys(new, now))
         control.should_training_stop |= set(map(level_name, self.levels)) <= found.keys() | set(new)
 
-# %% ../nbs/22_classifier.ipynb #bce51cf0
+# %% ../nbs/22_classifier.ipynb #8230c2b2
 @checked
 def train_classifier(
     study: StudyName, model: ModelName, seed: Seed, levels: Levels, epochs: Count, learning_rate: Positive,
@@ -116,6 +117,6 @@ def keep_checkpoints(net, tokenizer, milestones: Milestones, levels, log: list[d
     for name, fact in facts.items():
         source = name if name == CHANCE or fact["reached"] else "best"
         load_trained(net, milestones.folder / f"{source}.safetensors")
-        net.save_pretrained(folder / name)
+        save_checkpoint(net, folder / name)
         tokenizer.save_pretrained(folder / name)
     return facts
