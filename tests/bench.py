@@ -184,8 +184,8 @@ def bench_slopes(where) -> None:
     net = load_model(MODEL, where)
     layers = lambda n: maskable(net, range(10, 10 + n))
 
-    def cost(band, rows, batch_size=4):
-        collect(net, band, rows, 0, where, batch_size)
+    def cost(band, rows, batch_size=4, needs=("gradient",)):
+        collect(net, band, rows, 0, where, batch_size, needs)
         where.sync()
 
     three, short = layers(3), noise(32, 128, 49_152)
@@ -197,8 +197,8 @@ def bench_slopes(where) -> None:
     times = turns(*(lambda n=n: cost(three, short[:n]) for n in sizes))
     row("influence: exponent of the cost, 4 to 32 examples", f"{exponent(sizes, times):.2f}", "1 is linear")
     sizes, [first] = [2, 4, 8, 16], [{n: w} for n, w in layers(1).items() if n.endswith("k_proj.weight")]
-    whole = noise(8, 256, 49_152)
-    none, *times = turns(*(lambda b=b: cost(b, whole, 8) for b in [first, *map(layers, sizes)]))
+    few, needs = noise(8, 64, 49_152), ("gradient", "squares")  # little else to do than what the band adds
+    none, *times = turns(*(lambda b=b: cost(b, few, 8, needs) for b in [first, *map(layers, sizes)]))
     row("influence: exponent of what a band adds, 2 to 16 layers", f"{exponent(sizes, [t - none for t in times]):.2f}",
         "1 is linear")
     sizes = [2**20, 2**22, 2**24, 2**26]
