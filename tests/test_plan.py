@@ -172,8 +172,8 @@ def huge(folder, **keys):
 
 def test_what_cannot_fit_ends_with_status_1_and_says_what_helps(tmp_path):
     env = dict(os.environ, MFT_NB_RUNS=str(tmp_path / "runs"), MFT_NB_FIGURES=str(tmp_path / "figures"))
-    done = subprocess.run([sys.executable, "-m", "mft_nb.plan", huge(tmp_path), "--on", "h200", "--only"], env=env, text=True,
-                          capture_output=True, cwd=ROOT)
+    command = [sys.executable, "-m", "mft_nb.plan", huge(tmp_path), "--on", "h200", "--only"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "does not fit on H200" in done.stderr and "finetune fft needs" in done.stderr
     assert "no smaller batch helps" in done.stderr and "memory by part" in done.stdout
