@@ -6,7 +6,7 @@
 __all__ = ['Wholes', 'needs_change', 'variants_at', 'score_masks', 'learn_one', 'answer_all', 'variant_of', 'check',
            'mask_classifier', 'masks_and_answers']
 
-# %% ../nbs/33_classifier_masks.ipynb #61ce4314
+# %% ../nbs/33_classifier_masks.ipynb #e97d0372
 import os
 import shutil
 from pathlib import Path
@@ -30,10 +30,10 @@ from .study import (Count, NonNegative, Positive, Seed, Share, StudyName, checke
                           open_stage, progress, read_json, read_jsonl, seed_everything, write_json,
                           write_jsonl)
 
-# %% ../nbs/33_classifier_masks.ipynb #7a1495ee
+# %% ../nbs/33_classifier_masks.ipynb #ee100e70
 Wholes = Annotated[list[MethodName], AfterValidator(no_repeats)]
 
-# %% ../nbs/33_classifier_masks.ipynb #f64eca9e
+# %% ../nbs/33_classifier_masks.ipynb #9d73c5fe
 def needs_change(variant: str) -> bool:
     "Whether a mask reads or restores the weights before fine-tuning."
     name, _, mode = variant.partition(".")
@@ -45,7 +45,7 @@ def variants_at(level: str, methods: list[str], wholes: list[str], learners: lis
     found = ["unmasked", *methods, *(f"{m}.all" for m in wholes), *learners]
     return [v for v in found if level != CHANCE or not needs_change(v)]
 
-# %% ../nbs/33_classifier_masks.ipynb #38502a4f
+# %% ../nbs/33_classifier_masks.ipynb #07823c5a
 def score_masks(net, weights, evidence: dict, methods: list[str], wholes: list[str], p, folder: Path) -> None:
     "Write masks/<method>.safetensors, and updates/<method>.safetensors of methods that change other weights."
     about = dict(study=p.study, model=p.model, level=p.level)
@@ -57,7 +57,7 @@ def score_masks(net, weights, evidence: dict, methods: list[str], wholes: list[s
             if new: save_file({n: w.to(p.where.dtype) for n, w in new.items()}, folder / "updates" / path)
             bar.update(1)
 
-# %% ../nbs/33_classifier_masks.ipynb #97fad96c
+# %% ../nbs/33_classifier_masks.ipynb #0e933e63
 def learn_one(learner: str, checkpoint: Path, band: range, gradient, splits, pad_id: int, p, folder: Path) -> dict:
     "Train the scores of one learner; writes its log, path, mask and facts, and returns the facts."
     rule, place, train = LEARNERS[learner], folder / "learned" / learner, splits["train"]
@@ -71,7 +71,8 @@ def learn_one(learner: str, checkpoint: Path, band: range, gradient, splits, pad
     steps = -(-int(p.fraction * len(train)) * p.mask_epochs // (p.batch_size * p.accumulate))
     own = SimpleNamespace(**vars(p), rule=rule, learner=learner, weight_decay=0., validate_every=max(1, -(-steps // 2)))
     few = splits["validation"][:100]  # for the progress bar: no mask is chosen by it
-    facts = train_scores(masking, train, few, pad_id, place, own)
+    alone = SimpleNamespace(work=place, alone=lambda: None)  # one process: part of a stage that has other parts
+    facts = train_scores(masking, train, few, pad_id, alone, own)
     about = dict(method=learner, study=p.study, model=p.model, seed=p.seed, level=p.level, keep=p.keep, mode="zero",
                  asked=sum(budget(w.numel(), p.keep) for w in weights.values()), band=f"{band[0]}-{band[-1]}")
     facts |= save_results(masking, place, about)
@@ -81,7 +82,7 @@ def learn_one(learner: str, checkpoint: Path, band: range, gradient, splits, pad
     write_json(place / "facts.json", facts)
     return facts
 
-# %% ../nbs/33_classifier_masks.ipynb #8f4d509c
+# %% ../nbs/33_classifier_masks.ipynb #3ab60ab6
 def answer_all(net, variants: list[str], examples: list[dict], pad_id: int, where: Device, first: int, base,
                folder: Path, label: str) -> None:
     "Write answers/<variant>.jsonl: example, label, answer, loss."
@@ -106,7 +107,7 @@ def variant_of(variant: str, folder: Path) -> tuple[Mask | None, dict | None]:
     update = folder / "updates" / f"{name}.safetensors"
     return load_mask(folder / "masks" / f"{name}.safetensors"), load_file(update) if update.exists() else None
 
-# %% ../nbs/33_classifier_masks.ipynb #1786692b
+# %% ../nbs/33_classifier_masks.ipynb #4efeb81d
 def check(params: dict) -> None:
     "Raises ValueError when the model is none for this task or a mask cannot be made in this study."
     if params["task"] != "classify": return
