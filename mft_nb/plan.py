@@ -152,7 +152,7 @@ class Plan:
                 row[name if n in (None, 1) else f"{n} {name}"] = (
                     f"{total(rows[i].memory) / 1e9:.3g} GB, {in_words(rows[i].seconds)}")
             table.append(row)
-        return pd.DataFrame(table).fillna("")
+        return pd.DataFrame(table).astype(object).fillna("")
 
     @property
     def here(self) -> bool: return self.machine.source.startswith("measured")
