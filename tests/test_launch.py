@@ -16,13 +16,14 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file
 
+from mft_nb import scores
 from mft_nb.launch import arguments
 from mft_nb.mask import load_mask
 from mft_nb.study import read_json, read_jsonl
 
 LEARNERS = ("mft", "mft-band", "mft-scaled", "movement", "l0")
 RECIPES = ("fft", "lora", "continued")
-MORE = dict(batch_size=3, accumulate=2, lora_dropout=0., methods=["sci", "second-order", "wanda"], epochs=3,
+MORE = dict(batch_size=3, accumulate=2, gradient_batch_size=3, lora_dropout=0., methods=["sci", "second-order", "wanda"], epochs=3,
             scan_examples=0, recompute=True, mask_epochs=3)
 
 
@@ -149,6 +150,28 @@ def test_what_one_began_two_finish(one, tmp_path, smoke_defaults, monkeypatch):
     assert not said, said
     a, b = (losses(home / "runs/s/finetune/fft-seed0") for home in (one, tmp_path))
     assert (a - b).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("first, then", [("fsdp2", "one"), ("one", "ddp"), ("ddp", "fsdp2")])
+def test_sums_of_gradients_are_gone_on_with_by_others(one, tmp_path, smoke_defaults, monkeypatch, first, then):
+    "The sums are written in the midst, and there the first run ends."
+    shutil.copytree(one / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/s/influence")
+    work = calls(smoke_defaults, "influence", gradient_batch_size=1, methods=["sci", "second-order"])
+    def go(home, kind, *before):
+        if kind == "one": alone(home, [*before, *work], monkeypatch)
+        elif said := processes.run(home, [*before, *work], kind): raise RuntimeError(said)
+    with monkeypatch.context() as m:
+        m.setattr("mft_nb.scores.save_sums", scores.save_sums)  # put back afterwards, where this process changes it
+        with pytest.raises(RuntimeError, match="the sums are written"):
+            go(tmp_path, first, ("processes", "ends_after_saving", {}))
+    assert (tmp_path / "runs/s/influence/seed0.partial/sums.safetensors").exists()
+    go(tmp_path, then)
+    whole = tmp_path / "undisturbed"
+    for name in ("data", "finetune/fft-seed0"): shutil.copytree(one / "runs/s" / name, whole / "runs/s" / name)
+    go(whole, "one")
+    a, b = (load_file(home / "runs/s/influence/seed0/statistics.safetensors") for home in (whole, tmp_path))
+    for n in a: assert (a[n] - b[n]).abs().max() <= 1e-5 * a[n].abs().max(), n
 
 
 def ends_at(step, monkeypatch):
