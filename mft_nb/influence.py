@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'describe_scores', 'from_layer', 'band_losses', 'predicted_change', 'crossfitted_change', 'scan',
            'holds_until', 'check', 'influence', 'make_masks', 'evenly', 'run_scan']
 
-# %% ../nbs/30_influence.ipynb #4a5627c2
+# %% ../nbs/30_influence.ipynb #9ded7dfd
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from .shards import fetched, shard
 from .study import (Count, CountOrZero, Seed, Share, StudyName, checked, finished, open_stage, progress,
                           read_jsonl, seed_everything, write_json)
 
-# %% ../nbs/30_influence.ipynb #0efa3ca2
+# %% ../nbs/30_influence.ipynb #91381f84
 def describe_scores(scores: dict[str, torch.Tensor], halves: dict[str, torch.Tensor]) -> list[dict]:
     "Per matrix: spread, share of positive scores, histogram in units of the spread, sign agreement of the two halves."
     rows = []
@@ -44,7 +44,7 @@ def describe_scores(scores: dict[str, torch.Tensor], halves: dict[str, torch.Ten
                          histogram=(counts / s.numel()).tolist()))
     return rows
 
-# %% ../nbs/30_influence.ipynb #4cf84341
+# %% ../nbs/30_influence.ipynb #71d2875a
 @contextlib.contextmanager
 def from_layer(model: nn.Module, first: int) -> Iterator[Callable]:
     """Run only layers >= `first` on inputs seen before. Yields `at(key)`, a context manager: the first forward under
@@ -83,6 +83,7 @@ def band_losses(
     with from_layer(model, first) as at:
         def losses():
             found, values = np.empty(len(examples)), []
+            with device.step(): pass  # whatever weights changed before is no part of the losses' graph
             for i, (_, batch) in enumerate(every):
                 with device.step(), at(i), inference(model): values.append(loss(model, batch, plain))
             for (chosen, _), v in zip(every, values, strict=True):  # fetched at the end: no step waits for another
@@ -90,7 +91,7 @@ def band_losses(
             return found
         yield losses
 
-# %% ../nbs/30_influence.ipynb #5392846e
+# %% ../nbs/30_influence.ipynb #ee77ff6a
 def predicted_change(weights: dict[str, torch.Tensor], gradient: dict[str, torch.Tensor], mask: Mask) -> float:
     "First-order change of the loss when the masked weights become zero: the sum of -w g over them, in float64."
     return -sum((weights[n].detach().cpu().double() * gradient[n].cpu().double())[m].sum().item()
@@ -141,7 +142,7 @@ def scan(
             update(rows)
     return rows
 
-# %% ../nbs/30_influence.ipynb #1ada9556
+# %% ../nbs/30_influence.ipynb #9b2612e5
 def holds_until(rows: pd.DataFrame) -> float:
     """Largest masked share (or step, when `rows` hold several) up to which the first-order prediction lies within the
     95% interval of the measured change, or within half of it; 0 when it never does. `rows`: one method of `scan`."""
@@ -151,7 +152,7 @@ def holds_until(rows: pd.DataFrame) -> float:
         held = getattr(r, axis)
     return held
 
-# %% ../nbs/30_influence.ipynb #e3f99c6c
+# %% ../nbs/30_influence.ipynb #a24e8976
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or the scan has no room."
     check_model(params)
@@ -203,7 +204,7 @@ def influence(
                      evenly(validation, scan_examples), tokenizer.pad_token_id, where, seed)
         return stage.finish(dict(facts, **about, **sizes, seed=seed, too_long=too_long))
 
-# %% ../nbs/30_influence.ipynb #657a8cd1
+# %% ../nbs/30_influence.ipynb #fc69825d
 def make_masks(folder: Path, methods, evidence, found, keep, seed, dtype, about) -> dict:
     """Write masks/<method>.safetensors, for methods that change other weights updates/<method>.safetensors, scores.json
     and overlap.json; returns how many weights each mask zeroes."""
