@@ -7,7 +7,7 @@ __all__ = ['DRAWN', 'SIZES', 'IN_NATS', 'TINY', 'Sample', 'draw_one', 'draw_grou
            'scaled', 'fine_losses', 'measured', 'correlations', 'slopes', 'interval', 'judge', 'judge_all',
            'calibration', 'check', 'truth', 'write_tables']
 
-# %% ../nbs/36_truth.ipynb #464f7726
+# %% ../nbs/36_truth.ipynb #2cb4bd0c
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest, rankdata
 
 from .chat import encode_rows
-from .device import pick_device
+from .device import pick_device, spread
 from .finetune import checkpoint_of
 from .influence import band_losses, evenly
 from .loss import label_counts, label_losses
@@ -31,7 +31,7 @@ from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, open
                           seed_everything)
 from .sweep import row_by_row
 
-# %% ../nbs/36_truth.ipynb #38a092c5
+# %% ../nbs/36_truth.ipynb #1fc22f07
 @dataclass
 class Sample:
     "Weights of one matrix that are zeroed together."
@@ -81,7 +81,7 @@ def draw_samples(
         found.append(Sample("group", subset, name, draw_group(subset, weights[name].shape, name in transposed, rng)))
     return found
 
-# %% ../nbs/36_truth.ipynb #8adc37a1
+# %% ../nbs/36_truth.ipynb #cf13fa51
 IN_NATS = ("taylor", "second-order", "obd")  # scores whose size is a change of loss
 
 def judged(found: dict[str, torch.Tensor]) -> list[str]:
@@ -97,16 +97,16 @@ def predictions(samples: list[Sample], evidence: dict, methods: list[str], seed:
         table[method] = [-scores[s.matrix][s.index].double().sum().item() for s in samples]
     return pd.DataFrame(table)
 
-# %% ../nbs/36_truth.ipynb #8cb84909
+# %% ../nbs/36_truth.ipynb #3053faca
 @contextlib.contextmanager
 def scaled(weight: torch.Tensor, index: torch.Tensor, factor: float = 0.):
     "Some entries of a weight multiplied by a factor inside the block, restored to the bit after it."
-    before = weight.detach().clone()
-    changed = before.cpu().clone()  # made on the host: where graphs are compiled, each number of entries would be one
+    before = weight.data
+    changed = before.cpu().clone()  # on the host: where graphs are compiled, each number of entries would be one
     changed.view(-1)[index] *= factor
-    weight.data.copy_(changed)
+    weight.data = spread(changed.to(before.device))
     try: yield
-    finally: weight.data.copy_(before)
+    finally: weight.data = before
 
 def fine_losses(model, batch: dict[str, torch.Tensor], plain_head: bool) -> torch.Tensor:
     "`example_losses` with the mean over tokens in float64: half of float32's digits would go into the mean itself."
@@ -134,7 +134,7 @@ def measured(weights, samples: list[Sample], losses, parts: dict[str, slice], fo
                        "sample")
     return table, noise
 
-# %% ../nbs/36_truth.ipynb #b7955e0c
+# %% ../nbs/36_truth.ipynb #d355f97a
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Spearman's rho along the last axis; NaN where one side does not vary."
     a, b = (r - r.mean(-1, keepdims=True) for r in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
@@ -174,7 +174,7 @@ def judge(
     slope = slopes(predicted, found).item() if in_nats else np.nan
     return row | dict(slope=slope, slope_low=ends[0], slope_high=ends[1])
 
-# %% ../nbs/36_truth.ipynb #493933ff
+# %% ../nbs/36_truth.ipynb #4e65f670
 def judge_all(table: pd.DataFrame, methods: list[str], floors: dict[str, float]) -> pd.DataFrame:
     """One row per method, kind (single, group), subset (all, or how it was drawn) and the examples it was measured on.
     `table`: kind, subset, one measured column per key of `floors`, one column `predicted <method>` each."""
@@ -202,7 +202,7 @@ def calibration(table: pd.DataFrame, methods: list[str], parts: list[str], bins:
                      for on in parts for i, c in enumerate(chunks)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/36_truth.ipynb #51e00096
+# %% ../nbs/36_truth.ipynb #3d9a889f
 def check(params: dict) -> None:
     "Raises ValueError when the band lies outside the model or nothing can be averaged."
     check_model(params)
