@@ -6,7 +6,7 @@
 __all__ = ['KERNEL', 'HOLES', 'FREE', 'PARTS', 'COUNTS', 'Row', 'memory_on', 'time_on', 'rows_on', 'measured', 'read_plan',
            'ways', 'remedy', 'devices_needed', 'Plan', 'in_words', 'plan', 'report', 'assumptions', 'refusal', 'main']
 
-# %% ../nbs/77_plan.ipynb #674e3fdd
+# %% ../nbs/77_plan.ipynb #fa3ee7e8
 import argparse
 import sys
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from .stages import work_of
 from .study import all_parameters, check_parameters, project_root, read_json, read_study, settings
 from .work import ASSUMED, SHARED, Setting, Work
 
-# %% ../nbs/77_plan.ipynb #2e9429fe
+# %% ../nbs/77_plan.ipynb #a999babc
 KERNEL = .1e9  # bytes that papermill's kernel and its plots add to a process
 HOLES = dict(cpu=.3, cuda=.1, mps=.1, xla=0.)  # of the bytes that come and go: activations and logits
 FREE = .97  # share of the memory that may be used
@@ -63,7 +63,7 @@ def rows_on(setting: Setting, machine: Machine, process: float, threads: int = 1
                          total(memory) <= FREE * machine.memory))
     return found
 
-# %% ../nbs/77_plan.ipynb #fde68067
+# %% ../nbs/77_plan.ipynb #5ba7b977
 def measured(study: str, work: Work) -> tuple[float, float] | None:
     "Mean peak memory in GB and mean seconds of the finished runs of a piece of work; None when there is none."
     folder, _, name = work.stage.partition(" ")
@@ -72,7 +72,7 @@ def measured(study: str, work: Work) -> tuple[float, float] | None:
     if not found: return None
     return tuple(sum(m[key] for m in found) / len(found) for key in ("peak_memory_gb", "seconds"))
 
-# %% ../nbs/77_plan.ipynb #be6c3126
+# %% ../nbs/77_plan.ipynb #f4cb0735
 def read_plan(path: Path) -> tuple[dict, list[str]]:
     "Parameters of a study, and what is missing here. Raises ValueError for a study that is wrong."
     try: return read_study(path), []
@@ -83,7 +83,7 @@ def read_plan(path: Path) -> tuple[dict, list[str]]:
         params = check_parameters(given, all_parameters(), Path(path).name)
         return params | dict(sources=sources), [str(e).split("; ", 1)[-1].splitlines()[0]]
 
-# %% ../nbs/77_plan.ipynb #4251d6dd
+# %% ../nbs/77_plan.ipynb #40294de9
 def ways(p: dict, stage: str) -> list[dict]:
     "Changes of parameters that shrink a stage."
     if stage.startswith(("influence", "sweep", "classifier_masks")):
@@ -122,7 +122,7 @@ def devices_needed(p: dict, machine: Machine, counts, found: dict) -> tuple[int 
         if all(r.fits for r in rows): return n, rows
     return counts[-1], most
 
-# %% ../nbs/77_plan.ipynb #06c37b09
+# %% ../nbs/77_plan.ipynb #286f14e4
 @dataclass
 class Plan:
     "A study on this machine and on others."
@@ -173,7 +173,7 @@ def in_words(t: float) -> str:
     if t < 100: return f"{t:.2g} s" if t < 10 else f"{t:.0f} s"
     return f"{t / 60:.3g} min" if t < 6000 else f"{t / 3600:.3g} h"
 
-# %% ../nbs/77_plan.ipynb #c41d4080
+# %% ../nbs/77_plan.ipynb #6019dd31
 COUNTS = {"h200": (1, 2, 4, 8, 16), "v4-8": (4, 8, 16, 32, 64)}  # devices that are tried
 
 
@@ -206,7 +206,7 @@ def plan(
         others[other.name.replace("-8", " chips")] = other, *devices_needed(params, other, COUNTS[name], found)
     return Plan(params, setting, machine, rows, others, missing, threads, process)
 
-# %% ../nbs/77_plan.ipynb #6c873da3
+# %% ../nbs/77_plan.ipynb #34c07433
 def report(p: Plan) -> str:
     "The plan as plain text."
     s, m = p.setting, p.machine
@@ -254,7 +254,7 @@ def refusal(p: Plan) -> str:
         if n: lines.append(f"- as it is, it fits on {n} × {name} that share weights and batches (launch: FSDP)")
     return "\n".join(lines)
 
-# %% ../nbs/77_plan.ipynb #84c7347f
+# %% ../nbs/77_plan.ipynb #924e4955
 def main() -> None:
     "python -m mft_nb.plan STUDY: prints the plan; exit 1 when the study does not fit, 2 when it is wrong."
     ask = argparse.ArgumentParser(prog="plan", description=main.__doc__)
@@ -270,5 +270,5 @@ def main() -> None:
     for r in assumptions(found).itertuples(): print(f"- {r.what}: {r.value}")
     if why := refusal(found): sys.exit("\n" + why)
 
-
+# %% ../nbs/77_plan.ipynb #69dbd427
 if __name__ == "__main__" and "ipykernel" not in sys.modules: main()
