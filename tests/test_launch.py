@@ -10,6 +10,8 @@ import sys
 import time
 from importlib import import_module
 
+import numpy as np
+import pandas as pd
 import processes
 import pytest
 import torch
@@ -21,10 +23,10 @@ from mft_nb.launch import arguments
 from mft_nb.mask import load_mask
 from mft_nb.study import read_json, read_jsonl
 
-LEARNERS = ("mft", "mft-band", "mft-scaled", "movement", "l0")
+LEARNERS = dict(ddp=("mft",), fsdp2=("mft", "mft-band", "mft-scaled", "movement", "l0"))  # ddp: whole gates
 RECIPES = ("fft", "lora", "continued")
-MORE = dict(batch_size=3, accumulate=2, gradient_batch_size=3, lora_dropout=0., methods=["sci", "second-order", "wanda"], epochs=3,
-            scan_examples=0, recompute=True, mask_epochs=3)
+MORE = dict(batch_size=3, accumulate=2, gradient_batch_size=3, epochs=3, mask_epochs=3, recompute=True, lora_dropout=0.,
+            methods=["sci", "second-order", "wanda"], scan_examples=3, scan_points=2)
 
 
 def calls(defaults, *stages, **more):
@@ -51,7 +53,7 @@ def alone(home, found, monkeypatch):
 def one(tmp_path_factory, smoke_defaults):
     "The study as one process makes it."
     home = tmp_path_factory.mktemp("one")
-    stages = ["data", *(f"finetune:{r}" for r in RECIPES), "influence", *(f"learn_mask:{x}" for x in LEARNERS)]
+    stages = ["data", *(f"finetune:{r}" for r in RECIPES), "influence", *(f"learn_mask:{x}" for x in LEARNERS["fsdp2"])]
     with pytest.MonkeyPatch.context() as m: alone(home, calls(smoke_defaults, *stages), m)
     return home
 
@@ -63,7 +65,8 @@ def two(request, tmp_path_factory, smoke_defaults, one):
     home = tmp_path_factory.mktemp(request.param)
     for name in ("data", "finetune/fft-seed0"): shutil.copytree(one / "runs/s" / name, home / "runs/s" / name)
     shutil.copytree(one / "runs/s/data", home / "runs/t/data")
-    stages = [*(f"finetune:{r}" for r in RECIPES[1:]), "influence", *(f"learn_mask:{x}" for x in LEARNERS)]
+    stages = [*(f"finetune:{r}" for r in RECIPES[1:]), "influence",
+              *(f"learn_mask:{x}" for x in LEARNERS[request.param])]
     (module, function, given), = calls(smoke_defaults, "finetune:fft")
     work = [(module, function, given | dict(study="t")), *calls(smoke_defaults, *stages)]
     assert not (said := processes.run(home, work, request.param)), said
@@ -79,14 +82,21 @@ def losses(stage):
 
 # --- the numbers of one ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage", [*(f"finetune/{r}-seed0" for r in RECIPES),
-                                   *(f"learn_mask/{x}-seed0" for x in LEARNERS)])
+def made(home, stage):
+    "Folders of a stage in a study, by name."
+    return {p.name: p for p in sorted((home / "runs" / "s" / stage).iterdir()) if p.is_dir()}
+
+
+@pytest.mark.parametrize("stage", ["finetune", "learn_mask"])
 def test_two_processes_have_the_losses_of_one(one, two, stage):
-    a, b = (losses(home / "runs" / "s" / stage) for home in (one, two))
-    assert len(a) == len(b) > 4 and (a - b).abs().max() < 2e-6
-    facts = [read_json(home / "runs" / "s" / stage / "manifest.json") for home in (one, two)]
-    assert facts[0]["metrics"].keys() == facts[1]["metrics"].keys() and "2 processes" in facts[1]["device"]
-    assert facts[0]["outputs"].keys() == facts[1]["outputs"].keys()
+    theirs, ours = made(one, stage), made(two, stage)
+    assert ours and ours.keys() <= theirs.keys() and (stage != "finetune" or ours.keys() == theirs.keys())
+    for name in ours:
+        a, b = losses(theirs[name]), losses(ours[name])
+        assert len(a) == len(b) > 4 and (a - b).abs().max() < 2e-6, name
+        facts = [read_json(folder / "manifest.json") for folder in (theirs[name], ours[name])]
+        assert facts[0]["metrics"].keys() == facts[1]["metrics"].keys() and "2 processes" in facts[1]["device"]
+        assert facts[0]["outputs"].keys() == facts[1]["outputs"].keys()
 
 
 @pytest.mark.parametrize("name", ["fft-seed0/checkpoint", "lora-seed0/checkpoint", "continued-seed0/average"])
@@ -97,9 +107,8 @@ def test_checkpoints_are_whole_and_the_same(one, two, name):
 
 
 def test_learned_masks_are_the_same(one, two):
-    for learner in LEARNERS:
-        a, b = (load_mask(home / f"runs/s/learn_mask/{learner}-seed0/mask.safetensors") for home in (one, two))
-        assert a == b, learner
+    mask = lambda home, name: load_mask(made(home, "learn_mask")[name] / "mask.safetensors")
+    for name in made(two, "learn_mask"): assert mask(one, name) == mask(two, name), name
 
 
 def test_scores_and_their_masks_are_the_same(one, two):
@@ -108,6 +117,11 @@ def test_scores_and_their_masks_are_the_same(one, two):
     for n in a: assert (a[n] - b[n]).abs().max() <= 1e-5 * a[n].abs().max(), n
     for path in (one / "runs/s/influence/seed0/masks").iterdir():
         assert load_mask(path) == load_mask(two / "runs/s/influence/seed0/masks" / path.name), path.name
+
+
+def test_the_scan_is_the_same(one, two):
+    a, b = (pd.read_csv(home / "runs/s/influence/seed0/scan.csv") for home in (one, two))
+    assert len(a) == len(b) > 1 and (a.n == b.n).all() and np.allclose(a.measured, b.measured, atol=2e-6)
 
 
 def test_weights_gradients_optimizer_and_sums_are_shared_out(tmp_path):
