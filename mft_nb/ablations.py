@@ -6,7 +6,7 @@
 __all__ = ['Isolated', 'SIZE', 'answer_scores', 'unigram', 'baselines', 'measure', 'by_layer', 'sets_of', 'find_super', 'check',
            'examples_of', 'run_ablations', 'measure_all']
 
-# %% ../nbs/48_ablations.ipynb #bbfd909e
+# %% ../nbs/48_ablations.ipynb #d596ec1f
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,10 +33,10 @@ from .study import (Count, CountOrZero, Seed, StudyName, checked, finished, no_r
                           read_json, read_jsonl, seed_everything, write_jsonl)
 from .styles import reference
 
-# %% ../nbs/48_ablations.ipynb #79fc78c7
+# %% ../nbs/48_ablations.ipynb #85695cbd
 Isolated = Annotated[list[Annotated[float, Field(gt=0, lt=1)]], AfterValidator(no_repeats)]
 
-# %% ../nbs/48_ablations.ipynb #d971b3bf
+# %% ../nbs/48_ablations.ipynb #8a482e94
 def answer_scores(
     model: nn.Module,
     batch: dict[str, torch.Tensor],  # from `collate`, on the model's device
@@ -51,7 +51,7 @@ def answer_scores(
     n = label_counts(batch).cpu()
     return list(zip((total(losses) / n).tolist(), (total(hits) / n).tolist(), n.tolist(), strict=True))
 
-# %% ../nbs/48_ablations.ipynb #0648203d
+# %% ../nbs/48_ablations.ipynb #a050fe97
 def unigram(examples: list[dict], vocabulary: int) -> np.ndarray:
     "Log-probability of every token by its count among the labels."
     seen = Counter(t for e in examples for t in e["labels"] if t != IGNORED)
@@ -67,7 +67,7 @@ def baselines(train: list[dict], examples: list[dict], domains: list[str], vocab
                          majority_accuracy=(labels == log_p.argmax()).mean(), uniform_loss=np.log(vocabulary)))
     return pd.DataFrame(rows).groupby("domain", sort=False, as_index=False).mean()
 
-# %% ../nbs/48_ablations.ipynb #f650da10
+# %% ../nbs/48_ablations.ipynb #57f214a5
 SIZE = dict(cpu=3)  # examples at once: small batches stay in a CPU's cache and hold less padding
 
 def measure(
@@ -94,14 +94,14 @@ def measure(
             bar.set_postfix_str(f"set {number} of {len(every)}")
             mask = NeuronMask.from_vector(torch.from_numpy(case.masked), sizes)
             with ablate(net, mask, means if case.ablation == "mean" else None):
-                found = over_batches(net, examples, pad_id, where, SIZE.get(where.kind, 16),
+                found = over_batches(net, examples, pad_id, where, min(SIZE.get(where.kind, 16), len(examples)),
                                      lambda batch: answer_scores(net, batch, plain))
             write_jsonl(path[case.mask], [
                 dict(mask=case.mask, domain=d, example=i, loss=round(loss, 6), accuracy=round(hit, 6), tokens=n)
                 for i, (d, (loss, hit, n)) in enumerate(zip(domains, found, strict=True))])
             bar.update(tokens)
 
-# %% ../nbs/48_ablations.ipynb #93b134e8
+# %% ../nbs/48_ablations.ipynb #5f351693
 def by_layer(values: torch.Tensor, sizes: dict[int, int]) -> dict[int, torch.Tensor]:
     "One value per neuron, cut into layers."
     return dict(zip(sorted(sizes), values.split([sizes[i] for i in sorted(sizes)]), strict=True))
@@ -128,7 +128,7 @@ def find_super(net, examples: list[dict], layers: list[int], n: int, pad_id: int
             net.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return largest_channels({i: x.cpu() for i, x in peaks.largest.items()}, largest_weights(net, layers), n)
 
-# %% ../nbs/48_ablations.ipynb #494646f9
+# %% ../nbs/48_ablations.ipynb #9504f459
 def check(params: dict) -> None:
     "Raises ValueError when more networks shall be ablated than are found."
     if params["ablated_networks"] > params["components"]:
