@@ -143,7 +143,7 @@ def learned(tmp_path, learner, rows, l1=1e-4):
                         max_grad_norm=1., checkpoint_every=100, validate_every=100, recompute=False)
     place = tmp_path / f"{learner}-{len(list(tmp_path.iterdir()))}"
     place.mkdir()
-    train_scores(masking, rows, rows[:4], 0, place, p)
+    train_scores(masking, rows, rows[:4], 0, SimpleNamespace(work=place, alone=lambda: None), p)
     return {n: s.detach().clone() for n, s in masking.scores.items()}
 
 
