@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Device', 'spread', 'fast_dtype', 'available', 'pick_device', 'inference']
 
-# %% ../nbs/01_device.ipynb #556f4178
+# %% ../nbs/01_device.ipynb #fb4b79c9
 import contextlib
 import importlib.util
 import os
@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .study import peak_memory_gb, settings
+from .study import peak_memory_gb, rank, settings
 
-# %% ../nbs/01_device.ipynb #39c5d811
+# %% ../nbs/01_device.ipynb #41768675
 @dataclass(frozen=True)
 class Device:
     "A device, the dtype of the weights on it, and the reason for that dtype."
@@ -41,7 +41,7 @@ class Device:
     @property
     def rank(self) -> int:
         "The number of this process among those that `accelerate launch` started; 0 when it is alone."
-        return int(os.environ.get("RANK", 0))
+        return rank()
 
     @property
     def world(self) -> int:
@@ -111,7 +111,7 @@ class Device:
         if self.world > 1: name = f"{self.world} processes{sharing} on {name}"
         return f"{name}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
-# %% ../nbs/01_device.ipynb #f9142ce0
+# %% ../nbs/01_device.ipynb #05164888
 @cache
 def _xla():
     "torch_xla in SPMD mode with a compilation cache: device, chips, mesh and the few calls that are needed."
@@ -137,7 +137,7 @@ def _over_chips(t: torch.Tensor) -> None:
     "Lay the first dimension over the chips."
     _xla().mark(t, _xla().mesh, ("fsdp", *[None] * (t.ndim - 1)))
 
-# %% ../nbs/01_device.ipynb #c5b150bd
+# %% ../nbs/01_device.ipynb #b6b4030e
 def spread(
     what: nn.Module | torch.Tensor,  # a model, or scores and sums that belong to its weights
 ) -> nn.Module | torch.Tensor:
@@ -159,7 +159,7 @@ def spread(
 def _lay_output(module, args, output):
     _over_chips(output if isinstance(output, torch.Tensor) else output[0])
 
-# %% ../nbs/01_device.ipynb #72692833
+# %% ../nbs/01_device.ipynb #1231c607
 def fast_dtype(kind: str) -> tuple[torch.dtype, str]:
     "The faster of float32 and bfloat16 on a kind of device, and why."
     if kind == "cpu":
@@ -177,7 +177,7 @@ def _xla_dtype() -> tuple[torch.dtype, str]:
     if _xla().hardware == "TPU": return torch.bfloat16, "the TPU's matrix units take bfloat16"
     return torch.float32, f"XLA runs on {_xla().hardware}"
 
-# %% ../nbs/01_device.ipynb #d4426159
+# %% ../nbs/01_device.ipynb #3693aac6
 def available() -> list[str]:
     "Kinds of device on this machine, the fastest first."
     found = []
@@ -200,7 +200,7 @@ def pick_device(
     if dtype != "auto": chosen, why = getattr(torch, dtype), "asked for in the settings"
     return Device(kind, chosen, why)
 
-# %% ../nbs/01_device.ipynb #ec02e28f
+# %% ../nbs/01_device.ipynb #dde4dcfc
 @contextlib.contextmanager
 def inference(model):
     "Evaluate without gradients and dropout, then restore the model's mode."

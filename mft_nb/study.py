@@ -6,10 +6,9 @@
 __all__ = ['Share', 'Positive', 'NonNegative', 'Count', 'CountOrZero', 'Seed', 'Seeds', 'OptionalFile', 'StudyName', 'NO_RESULT',
            'no_repeats', 'file_or_empty', 'folder_name', 'stage_notebooks', 'declared', 'all_parameters',
            'check_parameters', 'checked', 'read_study', 'check_study', 'rank', 'wait_for_all', 'Followed', 'Unfinished',
-           'versions', 'peak_memory_gb', 'Stage', 'code_of', 'open_stage', 'finished', 'seed_everything', 'progress',
-           'make_smoke_inputs', 'main']
+           'Stage', 'code_of', 'open_stage', 'finished', 'seed_everything', 'progress', 'make_smoke_inputs', 'main']
 
-# %% ../nbs/00_study.ipynb #641bdd4c
+# %% ../nbs/00_study.ipynb #a0f75cb4
 import ast
 import contextlib
 import errno
@@ -18,9 +17,7 @@ import functools
 import importlib.util
 import json
 import os
-import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -28,7 +25,6 @@ import time
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -40,9 +36,9 @@ from tqdm import tqdm
 
 from .faults import disk_full, less_memory, out_of_memory
 from .files import hash_of, read_json, read_jsonl, sha256, write_json, write_jsonl, write_whole  # noqa: F401
-from .settings import check_folders, explain, git_revision, project_root, settings
+from .settings import check_folders, explain, git_revision, peak_memory_gb, project_root, settings, versions
 
-# %% ../nbs/00_study.ipynb #3a2aad4f
+# %% ../nbs/00_study.ipynb #1aa1bc4f
 def no_repeats(items: list) -> list:
     "A list in which nothing stands twice."
     if twice := sorted({i for i in items if items.count(i) > 1}): raise ValueError(f"{twice[0]!r} stands there twice")
@@ -72,7 +68,7 @@ def folder_name(name: str) -> str:
 
 StudyName = Annotated[str, AfterValidator(folder_name)]
 
-# %% ../nbs/00_study.ipynb #156eb12d
+# %% ../nbs/00_study.ipynb #3f4156f7
 def stage_notebooks() -> list[Path]:
     "All notebooks that have a parameters cell, in stage order."
     return [nb for nb in sorted((project_root() / "nbs").glob("*.ipynb")) if '"parameters"' in nb.read_text()]
@@ -101,7 +97,7 @@ def all_parameters() -> dict[str, SimpleNamespace]:
                 raise ValueError(f"{key}: {other.notebook} and {nb.name} declare different types or defaults")
     return known
 
-# %% ../nbs/00_study.ipynb #bf282ef7
+# %% ../nbs/00_study.ipynb #bae8637f
 def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str) -> dict:
     "`given` over the defaults, every value of its declared type. Raises ValueError with file, key, found, allowed."
     fields = {k: (p.type, Field(default=p.default, validate_default=False)) for k, p in known.items()}
@@ -115,7 +111,7 @@ def check_parameters(given: dict, known: dict[str, SimpleNamespace], where: str)
             message += f"\nallowed keys: {', '.join(sorted(known))}"
         raise ValueError(message) from None
 
-# %% ../nbs/00_study.ipynb #62014f96
+# %% ../nbs/00_study.ipynb #20acdea2
 def checked(stage_function):
     "Check the arguments of a stage function against its annotations. Raises ValueError with argument, found, allowed."
     strict = pydantic.validate_call(config=ConfigDict(strict=True))(stage_function)
@@ -127,7 +123,7 @@ def checked(stage_function):
             raise ValueError(explain(e, f"arguments of {stage_function.__name__}")) from None
     return wrapper
 
-# %% ../nbs/00_study.ipynb #b060d7da
+# %% ../nbs/00_study.ipynb #13fee0c3
 class _Unique(yaml.SafeLoader):
     "YAML in which a key may stand only once."
 
@@ -158,7 +154,7 @@ def read_study(path: str | Path) -> dict:
         raise ValueError(f"{path.name}: study: found {params['study']!r}; allowed is the file's name, {path.stem!r}")
     return params
 
-# %% ../nbs/00_study.ipynb #a5c2641a
+# %% ../nbs/00_study.ipynb #6708d5ec
 def check_study(path: str | Path) -> dict:
     "`read_study`, then everything that can be known before work starts: combinations, folders, disk, network."
     params = read_study(path)
@@ -171,7 +167,7 @@ def check_study(path: str | Path) -> dict:
             raise ValueError(f"{Path(path).name}: {e}") from None
     return params
 
-# %% ../nbs/00_study.ipynb #67607513
+# %% ../nbs/00_study.ipynb #449b4aa9
 def rank() -> int:
     "The number of this process among those that `accelerate launch` started; 0 when it is alone."
     return int(os.environ.get("RANK", 0))
@@ -188,20 +184,7 @@ class Followed(BaseException):
 class Unfinished(Exception):
     "A stage is not done, where it was only asked for."
 
-# %% ../nbs/00_study.ipynb #b7664d47
-def versions() -> dict[str, str]:
-    "Python, system and the packages that numbers depend on."
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for name in ("mft_nb", "torch", "torch_xla", "transformers", "accelerate", "peft", "datasets", "evalplus", "numpy"):
-        with contextlib.suppress(PackageNotFoundError): found[name] = version(name)
-    return found
-
-def peak_memory_gb() -> float:
-    "Largest resident memory of this process so far, in GB (the kernel's own high-water mark)."
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-# %% ../nbs/00_study.ipynb #ed37485e
+# %% ../nbs/00_study.ipynb #f3b71fad
 class Stage:
     "One stage of one study, being worked on. Use `open_stage`."
     own = ("spent.json", "identity.json", "manifest.json")  # files that are no outputs
@@ -313,7 +296,7 @@ class Stage:
         shutil.rmtree(self.old, ignore_errors=True)
         return self.path
 
-# %% ../nbs/00_study.ipynb #6bcbae84
+# %% ../nbs/00_study.ipynb #b04642e5
 NO_RESULT = ("study", "settings", "faults", "files")  # modules that decide where and how, not what is computed
 
 def code_of(
@@ -351,7 +334,7 @@ def finished(study: str, name: str) -> Path:
         raise FileNotFoundError(f"{path} is not there yet: run `make study STUDY={study}` or its stage's notebook")
     return path
 
-# %% ../nbs/00_study.ipynb #6b49737a
+# %% ../nbs/00_study.ipynb #68ac4f66
 def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, and ask torch for deterministic kernels: same seed, same machine, same bits."
     import numpy as np
@@ -364,7 +347,7 @@ def seed_everything(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs a pass over every new tensor
     if "torch_xla" in sys.modules: sys.modules["torch_xla"].manual_seed(seed)
 
-# %% ../nbs/00_study.ipynb #515d0c3f
+# %% ../nbs/00_study.ipynb #2c098c96
 def progress(
     total: int,  # how many units of work
     label: str,  # what is being done, e.g. "finetune seed 0"
@@ -379,7 +362,7 @@ def progress(
     calm = {} if terminal.isatty() else dict(mininterval=10, ncols=100)
     return tqdm(**kw, file=terminal, **calm)
 
-# %% ../nbs/00_study.ipynb #4c3612bd
+# %% ../nbs/00_study.ipynb #85ebc319
 def make_smoke_inputs(study: str, *names: str) -> None:
     "For the `smoke` study only, run the stages before this one when their folders are missing."
     missing = [n for n in names if not (settings().runs / study / n / "manifest.json").exists()]
@@ -391,7 +374,7 @@ def make_smoke_inputs(study: str, *names: str) -> None:
                           "study=smoke", "--", *targets], cwd=project_root(), capture_output=True, text=True, env=env)
     if run.returncode: raise RuntimeError(run.stderr[-3000:])
 
-# %% ../nbs/00_study.ipynb #730d1f76
+# %% ../nbs/00_study.ipynb #8de06acb
 def main(argv: list[str]) -> int:
     "`python -m mft_nb.study FILE`: check a study, print its parameters; exit 1 with the reason when it is refused."
     try:
@@ -402,5 +385,5 @@ def main(argv: list[str]) -> int:
     print(f"{Path(argv[0]).name}: {len(params)} parameters are fine")
     return 0
 
-# %% ../nbs/00_study.ipynb #51106651
+# %% ../nbs/00_study.ipynb #f433a5f6
 if __name__ == "__main__" and "ipykernel" not in sys.modules: sys.exit(main(sys.argv[1:]))
